@@ -1,0 +1,651 @@
+"""data.py: what goes through decoding, encoders and the cache unchanged; then one bad input of each kind."""
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import data  # first: it makes torchaudio importable beside a CPU-only torch
+import av
+import numpy as np
+import pytest
+import torch
+from data import InputError, decode_audio, decode_video, load_features, read_qa, read_split
+from scipy.io import wavfile
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (AutoImageProcessor, ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor,
+                          PreTrainedTokenizerFast, TimesformerConfig, TimesformerModel)
+
+RATE, WINDOW = 16000, 64000  # of the tiny CLAP: 16 kHz, 4 s
+SHARED = Path(__file__).parents[2] / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared (recorded clips and released tables) is absent")
+
+
+def tone(seconds, hertz=440.0, rate=RATE):
+    return (0.5 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+
+
+def noise(seconds, seed=0):
+    return (0.1 * np.random.default_rng(seed).standard_normal(int(seconds * RATE))).astype(np.float32)
+
+
+def write_audio(path, wave, codec, rate, layout="mono", format=None):
+    """Encode (channels, samples) float32 with PyAV."""
+    with av.open(str(path), "w", format=format) as out:
+        stream = out.add_stream(codec, rate=rate, layout=layout)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(np.atleast_2d(wave)), "fltp", layout)
+        frame.sample_rate = rate
+        for resampled in av.AudioResampler(stream.format, stream.layout, rate, stream.frame_size).resample(frame):
+            out.mux(stream.encode(resampled))
+        out.mux(stream.encode(None))
+    return path
+
+
+def write_video(path, pictures, sound=None, codec="mpeg4"):
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=8)
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        if sound is not None:
+            audio = out.add_stream("aac", rate=RATE, layout="mono")
+        for picture in pictures:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        out.mux(stream.encode(None))
+        if sound is not None:
+            frame = av.AudioFrame.from_ndarray(sound[None], "fltp", "mono")
+            frame.sample_rate = RATE
+            for part in av.AudioResampler("fltp", "mono", RATE, 1024).resample(frame):
+                out.mux(audio.encode(part))
+            out.mux(audio.encode(None))
+    return path
+
+
+@pytest.fixture(scope="session")
+def clap_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clap")
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.train_from_iterator(["a dog barks"], trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", pad_token="<pad>",
+                                        eos_token="</s>", unk_token="<unk>")
+    torch.manual_seed(0)
+    ClapModel(ClapConfig(
+        audio_config=dict(spec_size=128, num_mel_bins=64, patch_size=8, patch_stride=[8, 8], num_classes=4,
+                          patch_embeds_hidden_size=32, hidden_size=64, depths=[1, 1], projection_dim=32,
+                          num_attention_heads=[2, 4], window_size=4),
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, projection_dim=32,
+                         num_attention_heads=2, intermediate_size=128, max_position_embeddings=80,
+                         pad_token_id=1, bos_token_id=0, eos_token_id=2),
+        projection_dim=32)).save_pretrained(folder)
+    extractor = ClapFeatureExtractor(feature_size=64, sampling_rate=RATE, hop_length=256, max_length_s=4,
+                                     fft_window_size=1024, frequency_min=50, frequency_max=8000,
+                                     truncation="rand_trunc", padding="repeatpad")
+    ClapProcessor(extractor, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clap(clap_folder):
+    return data.AudioEncoder(clap_folder)
+
+
+@pytest.fixture(scope="session")
+def timesformer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("timesformer")
+    torch.manual_seed(0)
+    model = TimesformerModel(TimesformerConfig(image_size=32, patch_size=8, num_frames=4, hidden_size=64,
+                                               num_hidden_layers=2, num_attention_heads=2, intermediate_size=128))
+    torch.nn.init.normal_(model.embeddings.time_embeddings)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(
+        {"image_processor_type": "VideoMAEImageProcessor", "size": {"shortest_edge": 32},
+         "crop_size": {"height": 32, "width": 32}}))
+    return folder
+
+
+@pytest.fixture
+def clotho(tmp_path):
+    """Six clips of 1 to 6 s in Clotho's layout."""
+    folder = tmp_path / "clotho" / "evaluation"
+    folder.mkdir(parents=True)
+    rows = ["file_name," + ",".join(f"caption_{i}" for i in range(1, 6))]
+    for i in range(6):
+        wavfile.write(folder / f"{i}.wav", RATE, noise(i + 1, i))
+        rows.append(f"{i}.wav," + ",".join(f"noise {i} of kind {k}" for k in range(5)))
+    (folder.parent / "clotho_captions_evaluation.csv").write_text("\n".join(rows) + "\n")
+    return folder.parent
+
+
+# ------------------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("name, codec, tolerance", [
+    ("a.wav", "pcm_s16le", 1e-4), ("a.wav", "pcm_u8", 1e-2), ("a.wav", "pcm_f32le", 1e-6),
+    ("a.wav", "pcm_f64le", 1e-6), ("a.wav", "pcm_s24le", 1e-6), ("a.flac", "flac", 1e-4), ("a.ogg", "libopus", 0.1),
+    ("a.mp3", "libmp3lame", 0.1), ("a.m4a", "aac", 0.1), ("a.mkv", "pcm_s16le", 1e-4)])
+def test_every_format_gives_the_same_wave(tmp_path, name, codec, tolerance):
+    wave, rate = tone(1.0), 48000 if codec == "libopus" else RATE  # Opus knows few rates
+    got = decode_audio(write_audio(tmp_path / name, tone(1.0, rate=rate), codec, rate), RATE)
+    assert got.dtype == np.float32 and got.ndim == 1 and abs(len(got) - RATE) <= 4096
+    n = min(len(got), RATE) - 4096  # coders with a delay shift the wave: compare the best alignment
+    error = min(np.abs(got[s:s + n] - wave[:n]).max() for s in range(0, 2400)) if tolerance == 0.1 else \
+        np.abs(got - wave).max()
+    assert error < tolerance
+
+
+def test_channels_are_averaged_and_rates_converted(tmp_path):
+    waves = np.stack([tone(1.0, 200, 44100) * k / 8 for k in range(8)], 1)
+    wavfile.write(tmp_path / "a.wav", 44100, waves)
+    got = decode_audio(tmp_path / "a.wav", RATE)
+    assert len(got) == RATE
+    assert np.abs(got - 3.5 / 8 * tone(1.0, 200))[200:-200].max() < 5e-3
+    with av.open(str(tmp_path / "a.wav")) as source, av.open(str(tmp_path / "a.m4a"), "w") as out:
+        stream = out.add_stream("aac", rate=44100, layout="7.1")  # its decoder keeps the 8 channels apart
+        packer = av.AudioResampler("fltp", "7.1", 44100, 1024)
+        for frame in itertools.chain(source.decode(audio=0), [None]):
+            for packed in packer.resample(frame):
+                out.mux(stream.encode(packed))
+        out.mux(stream.encode(None))
+    assert decode_audio(tmp_path / "a.m4a", RATE)[2000:14000].max() == pytest.approx(3.5 / 16, rel=0.2)
+    wavfile.write(tmp_path / "b.wav", 44101, tone(1.0, 200, 44101))  # no small ratio to 16 kHz
+    assert np.abs(decode_audio(tmp_path / "b.wav", RATE)[:15000] - tone(1.0, 200)[:15000])[200:].max() < 5e-3
+
+
+def test_sound_of_a_video_and_pictures_evenly_spaced(tmp_path):
+    pictures = [np.full((32, 48, 3), 30 * i, np.uint8) for i in range(8)]
+    path = write_video(tmp_path / "a b é.mp4", pictures, tone(1.0))
+    assert 0.9 * RATE < len(decode_audio(path, RATE)) < 1.2 * RATE
+    video = decode_video(path, 4)
+    assert video.shape == (4, 32, 48, 3) and video.dtype == np.uint8
+    assert np.abs(video.mean((1, 2, 3)) - 30 * np.array([0, 2, 5, 7])).max() < 6
+    one = decode_video(write_video(tmp_path / "one.mp4", pictures[3:4]), 4)
+    assert one.shape[0] == 4 and (one == one[0]).all()
+
+
+def test_a_header_does_not_decide_how_much_is_held(tmp_path):
+    path = tmp_path / "a.wav"
+    wavfile.write(path, RATE, (tone(3.0) * 32767).astype(np.int16))
+    raw = bytearray(path.read_bytes())
+    raw[4:8] = raw[40:44] = (2 ** 31).to_bytes(4, "little")  # claims 18 hours
+    path.write_bytes(raw)
+    assert len(decode_audio(path, RATE)) == 3 * RATE
+    assert len(decode_audio(path, RATE, max_seconds=1)) == RATE
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "cannot be decoded"), (b"not audio at all\n" * 50, "cannot be decoded"),
+    (b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n", "a.wav")])
+def test_what_is_no_sound_is_named(tmp_path, content, message):
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        decode_audio(tmp_path / "a.wav", RATE)
+    assert "a.wav" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bad_waves(tmp_path):
+    path = tmp_path / "a.wav"
+    wavfile.write(path, RATE, tone(1.0))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:60])  # the header alone and less than a sample
+    with pytest.raises(InputError, match="a.wav"):
+        decode_audio(path, RATE)
+    path.write_bytes(whole[:len(whole) // 2])  # what is there is used
+    assert len(decode_audio(path, RATE)) == pytest.approx(RATE / 2, abs=50)
+    wave = tone(1.0)
+    wave[500] = np.nan
+    wavfile.write(path, RATE, wave)
+    with pytest.raises(InputError, match="not finite"):
+        decode_audio(path, RATE)
+    wavfile.write(path, RATE, np.zeros(RATE, np.int16))
+    assert not decode_audio(path, RATE).any()
+    with pytest.raises(InputError, match="no video stream"):
+        decode_video(path, 4)
+    with pytest.raises(InputError, match="No such file"):
+        decode_audio(tmp_path / "none.wav", RATE)
+
+
+def test_damaged_media_is_decoded_or_named(tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 255, (32, 32, 3), np.uint8) for _ in range(6)]
+    sources = [write_audio(tmp_path / "a.ogg", tone(0.5), "libopus", 48000),
+               write_audio(tmp_path / "a.mp3", tone(0.5), "libmp3lame", RATE),
+               write_audio(tmp_path / "a.flac", tone(0.5), "flac", RATE),
+               write_video(tmp_path / "a.mp4", pictures, tone(0.5))]
+    for source in sources:
+        whole = source.read_bytes()
+        for case in range(25):
+            raw = bytearray(whole[:int(rng.integers(1, len(whole) + 1))] if case % 2 else whole)
+            for _ in range(case):
+                raw[rng.integers(len(raw))] = rng.integers(256)
+            source.write_bytes(raw)
+            for decode in (lambda: decode_audio(source, RATE, 60), lambda: decode_video(source, 2)):
+                try:
+                    got = decode()
+                    assert len(got) and np.isfinite(got).all() and len(got) <= 60 * RATE
+                except InputError as error:
+                    assert source.name in str(error)
+
+
+def test_noise_has_the_ratio_asked_for():
+    wave, generator = tone(2.0), torch.Generator().manual_seed(0)
+    for recorded in (None, noise(0.3, 1)):
+        for snr in (20, 0, -5):
+            added = data.noisy(wave, snr, generator, recorded) - wave
+            assert 10 * np.log10((wave ** 2).sum() / (added ** 2).sum()) == pytest.approx(snr, abs=0.01)
+    a, b = (data.noisy(wave, 5, torch.Generator().manual_seed(7)) for _ in range(2))
+    assert (a == b).all()
+    silent = np.zeros(100, np.float32)
+    assert (data.noisy(silent, 5, generator) == silent).all()
+
+
+# ------------------------------------------------------------------------------------------- encoders
+
+
+def direct(clap, wave):
+    """Frames and embedding of one window, by the library alone."""
+    mels = clap.extractor(wave, sampling_rate=RATE, return_tensors="pt")
+    with torch.no_grad():
+        out = clap.model.get_audio_features(mels["input_features"].float())
+    return out.last_hidden_state[0].mean(1).T, out.pooler_output[0]
+
+
+def test_one_window_is_the_library_call(clap):
+    for seconds in (1.3, 4.0, 4.9):  # padded by repetition, exact, and a tail too short for a window of its own
+        wave = noise(seconds)
+        (frames,), embed = clap.encode([wave])
+        want, want_embed = direct(clap, wave[:WINDOW])
+        assert frames.shape == (len(want), clap.width)
+        torch.testing.assert_close(frames, want)
+        torch.testing.assert_close(embed[0], want_embed)
+
+
+def test_windows_follow_each_other_in_time(clap):
+    wave = noise(10.0)
+    (frames,), embed = clap.encode([wave])
+    parts = [direct(clap, w) for w in (wave[:WINDOW], wave[WINDOW:2 * WINDOW], wave[-WINDOW:])]
+    S = len(parts[0][0])
+    assert len(frames) == 2.5 * S
+    torch.testing.assert_close(frames, torch.cat([parts[0][0], parts[1][0], parts[2][0][S // 2:]]))
+    torch.testing.assert_close(embed[0], torch.nn.functional.normalize(sum(e for _, e in parts), dim=0))
+
+
+def test_frames_are_in_time_order(clap):
+    quiet = noise(4.0) * 1e-3
+    changed = []
+    for second in (0.5, 3.5):
+        wave = quiet.copy()
+        wave[int(second * RATE):int(second * RATE) + 800] += 0.9
+        difference = (clap.encode([wave])[0][0] - clap.encode([quiet])[0][0]).norm(dim=1)
+        changed.append(float(difference @ torch.arange(len(difference)).float() / difference.sum()))
+    assert changed[0] < changed[1]
+
+
+def test_batched_is_one_by_one_and_never_random(clap):
+    waves = [noise(s, i) for i, s in enumerate((0.2, 4.0, 9.7, 6.0, 1.0))]
+    together, embeds = clap.encode(waves)
+    torch.testing.assert_close(clap.encode(waves, batch_size=3)[0], together, rtol=1e-4, atol=1e-5)
+    for wave, frames, embed in zip(waves, together, embeds):
+        alone, alone_embed = clap.encode([wave])
+        torch.testing.assert_close(alone[0], frames, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(alone_embed[0], embed, rtol=1e-4, atol=1e-5)
+    assert torch.equal(clap.encode(waves)[1], embeds)
+    assert clap.encode([])[0] == [] and clap.encode([])[1].shape == (0, clap.embed_dim)
+
+
+def test_text_embeddings(clap):
+    texts = ["a dog barks", "é 狗 " * 200, "", "rain"]
+    embeds = clap.embed_text(texts)
+    assert embeds.shape == (4, clap.embed_dim)
+    torch.testing.assert_close(embeds.norm(dim=1), torch.ones(4))
+    torch.testing.assert_close(clap.embed_text(texts[:1])[0], embeds[0], rtol=1e-4, atol=1e-5)
+    assert clap.embed_text([]).shape == (0, clap.embed_dim)
+
+
+def test_hash_follows_weights_and_settings(clap, clap_folder, tmp_path):
+    assert data.AudioEncoder(clap_folder).hash == clap.hash
+    clap.model.save_pretrained(tmp_path)
+    ClapProcessor(clap.extractor, clap.tokenizer).save_pretrained(tmp_path)
+    assert data.AudioEncoder(tmp_path).hash == clap.hash  # another folder, the same encoder
+    settings = tmp_path / "processor_config.json"
+    settings.write_text(settings.read_text().replace("repeatpad", "pad"))
+    assert data.AudioEncoder(tmp_path).hash != clap.hash
+
+
+def test_timesformer_frames_belong_to_their_pictures(timesformer_folder):
+    encoder = data.VideoEncoder(timesformer_folder)
+    video = np.random.default_rng(0).integers(0, 255, (4, 40, 48, 3), np.uint8)
+    (frames,), pooled = encoder.encode([video])
+    assert frames.shape == (4, 64) and pooled.shape == (1, 64)
+    for layer in encoder.model.encoder.layer:  # nothing passes between moments: each frame follows its picture
+        layer.temporal_dense.weight.data.zero_()
+        layer.temporal_dense.bias.data.zero_()
+    (before,), _ = encoder.encode([video])
+    for f in range(4):
+        other = video.copy()
+        other[f] = 255 - other[f]
+        (after,), _ = encoder.encode([other])
+        moved = (after - before).abs().amax(1)
+        assert moved.argmax() == f
+        assert moved[f] > 5 * moved[torch.arange(4) != f].max()  # the class token carries a little across
+    frames, _ = data.VideoEncoder(timesformer_folder).encode([video, video[::-1]], batch_size=1)
+    torch.testing.assert_close(frames, data.VideoEncoder(timesformer_folder).encode([video, video[::-1]])[0])
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "model.safetensors"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "cannot be loaded"),
+    (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    (lambda f: (f / "processor_config.json").unlink(), "cannot be loaded")])
+def test_a_spoilt_encoder_is_one_line(clap, clap_folder, tmp_path, spoil, message):
+    for file in clap_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    spoil(tmp_path)
+    with pytest.raises(InputError, match=message) as error:
+        data.AudioEncoder(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_another_model_or_none_is_refused(timesformer_folder, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="ClapModel"):
+        data.AudioEncoder(timesformer_folder)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        data.AudioEncoder(tmp_path / "nothing here")
+
+
+# ---------------------------------------------------------------------------------------------- cache
+
+
+def test_cache_gives_the_same_without_encoding(clotho, clap, tmp_path, monkeypatch):
+    split = read_split("clotho", clotho, "test")
+    features = load_features(split, clap, tmp_path / "cache")
+    assert features.ids == [c.id for c in split.clips] and len(features) == 6
+    frames, embeds = clap.encode([decode_audio(c.path, RATE) for c in split.clips])
+    for i, f in enumerate(frames):
+        assert features[i].dtype == torch.float32
+        torch.testing.assert_close(features[i], f, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(features.embeds, embeds, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(clap, "encode", lambda *_: pytest.fail("encoded again"))
+    again = load_features(read_split("clotho", clotho, "test"), clap, tmp_path / "cache")
+    assert torch.equal(again.frames, features.frames) and torch.equal(again.embeds, features.embeds)
+    assert torch.equal(again[-1], features[5]) and again.index["3.wav"] == 3
+    with pytest.raises(IndexError):
+        again[6]
+    assert not [p for p in (tmp_path / "cache").iterdir() if "tmp" in p.name or "lock" in p.name]
+
+
+def test_cache_follows_the_bytes_of_the_files(clotho, clap, tmp_path):
+    load = lambda: load_features(read_split("clotho", clotho, "test"), clap, tmp_path / "cache")
+    before = load()
+    os.utime(clotho / "evaluation" / "0.wav")  # touched, not changed
+    load()
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
+    wavfile.write(clotho / "evaluation" / "0.wav", RATE, noise(1.0, 99))
+    after = load()
+    assert not torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+
+
+@pytest.mark.parametrize("spoil", [lambda raw: raw[:len(raw) // 2], lambda raw: b"", lambda raw: b"\xff" * len(raw),
+                                   lambda raw: raw.replace(b"0.wav", b"9.wav")])
+def test_a_damaged_cache_is_built_again(clotho, clap, tmp_path, spoil, capsys):
+    split = read_split("clotho", clotho, "test")
+    want = load_features(split, clap, tmp_path).frames.clone()
+    path, = tmp_path.glob("*.safetensors")
+    raw = path.read_bytes()
+    path.unlink()  # a mapped file must not shrink under its readers
+    path.write_bytes(spoil(raw))
+    assert torch.equal(load_features(split, clap, tmp_path).frames, want)
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_clips_that_cannot_be_decoded_are_dropped_and_listed(clotho, clap, tmp_path):
+    (clotho / "evaluation" / "2.wav").write_bytes(b"broken")
+    wavfile.write(clotho / "evaluation" / "4.wav", RATE, np.full(RATE, np.nan, np.float32))
+    (clotho / "evaluation" / "5.wav").unlink()
+    hashes = []
+    for _ in range(2):  # cold, then warm
+        split = read_split("clotho", clotho, "test")
+        features = load_features(split, clap, tmp_path / "cache")
+        assert split.missing == ["5.wav"] and split.bad == ["2.wav", "4.wav"]
+        assert [c.id for c in split.clips] == features.ids == ["0.wav", "1.wav", "3.wav"]
+        hashes.append(split.hash)
+    assert hashes[0] == hashes[1] != read_split("clotho", clotho, "test").hash
+    for i in (0, 1, 3):
+        (clotho / "evaluation" / f"{i}.wav").write_bytes(b"broken")
+    with pytest.raises(InputError, match="none of 5 clips"):
+        load_features(read_split("clotho", clotho, "test"), clap, tmp_path / "cache")
+
+
+class SlowEncoder:
+    """Counts its calls and takes its time; stands for an encoder in processes of their own."""
+    hash, rate, calls = "slow", RATE, 0
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def encode(self, waves):
+        self.calls += 1
+        time.sleep(self.seconds)
+        return [torch.full((2, 3), float(len(wave))) / RATE for wave in waves], torch.ones(len(waves), 3)
+
+
+def build(folder, cache, seconds, results):
+    torch.set_num_threads(1)
+    encoder = SlowEncoder(seconds)
+    features = load_features(read_split("clotho", folder, "test"), encoder, cache)
+    results.put((encoder.calls, [float(features[i].sum()) for i in range(6)]))
+
+
+def test_two_jobs_build_once_and_a_killed_build_leaves_nothing(clotho, tmp_path):
+    context, cache = multiprocessing.get_context("fork"), tmp_path / "cache"
+    results = context.Queue()
+    killed = context.Process(target=build, args=(clotho, cache, 60, results))
+    killed.start()
+    deadline = time.time() + 30
+    while not list(cache.glob("*.lock")) and time.time() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.join()
+    assert list(cache.glob("*.lock")) and not list(cache.glob("*.safetensors"))
+    (cache / list(cache.glob("*.lock"))[0].name.replace("lock", "safetensors.tmp.1")).touch()  # as if while writing
+    jobs = [context.Process(target=build, args=(clotho, cache, 1, results)) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    got = [results.get(timeout=30) for _ in jobs]
+    for job in jobs:
+        job.join()
+        assert job.exitcode == 0
+    assert sorted(calls for calls, _ in got) == [0, 1]
+    assert got[0][1] == got[1][1] == [6.0 * (i + 1) for i in range(6)]
+    assert sorted(p.suffix for p in cache.iterdir()) == [".json", ".safetensors"]
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(clotho, clap, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(InputError, match="cache"):
+        load_features(read_split("clotho", clotho, "test"), clap, tmp_path / "cache")
+
+
+def test_video_features(tmp_path, timesformer_folder):
+    (tmp_path / "videos").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        write_video(tmp_path / "videos" / f"{i}.mp4", list(rng.integers(0, 255, (6, 32, 32, 3), np.uint8)))
+    (tmp_path / "videos" / "3.mp4").write_bytes(b"broken")
+    (tmp_path / "test.csv").write_text("file_name,caption_1\n" + "".join(f"{i}.mp4,something\n" for i in range(5)))
+    split = read_split("av", tmp_path, "test")
+    features = load_features(split, data.VideoEncoder(timesformer_folder), tmp_path / "cache", "video")
+    assert len(features) == 3 and split.bad == ["3.mp4"] and split.missing == ["4.mp4"]
+    assert features[0].shape == (4, 64) and features.embeds.shape == (3, 64)
+
+
+def test_padding():
+    frames, mask = data.pad_frames([torch.ones(2, 3), torch.ones(4, 3)])
+    assert frames.shape == (2, 4, 3) and mask.tolist() == [[True, True, False, False], [True] * 4]
+    assert frames.sum() == 18 and mask.dtype == torch.bool
+
+
+# --------------------------------------------------------------------------------------------- tables
+
+AUDIOCAPS = "audiocap_id,youtube_id,start_time,caption\n"
+
+
+def audiocaps(folder, rows, files=()):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "test.csv").write_text(AUDIOCAPS + rows, encoding="utf-8")
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ab_-c.wav", "Yab_-c.OGG", "ab_-c_30.flac", "audio/Yab_-c_30.mp4", "x/y/77.wav",
+                                  "ab_-c_30000.mp3", "Yab_-c_30.000_40.000.wav", "ab_-c_30_40.wav", "ab_-c_000030.wav"])
+def test_audiocaps_file_names(tmp_path, name):
+    root = audiocaps(tmp_path, '77,ab_-c,30,a dog\n78,zz,0,"a cat, too"\n79,ab_-c,30,barking\n', [name])
+    split = read_split("audiocaps", root, "test")
+    clip, = split.clips
+    assert (clip.id, clip.path, clip.references) == ("ab_-c_30", root / name, ["a dog", "barking"])
+    assert split.missing == ["zz_0"] and split.bad == []
+
+
+def test_audiocaps_ambiguity(tmp_path):
+    root = audiocaps(tmp_path / "a", "1,v,10,one\n2,v,20,two\n", ["v.wav", "v_20.wav"])
+    assert [c.id for c in read_split("audiocaps", root, "test").clips] == ["v_20"]
+    root = audiocaps(tmp_path / "b", "1,v,10,one\n", ["a/v.wav", "test/v.wav", "train/v.wav"])
+    assert read_split("audiocaps", root, "test").clips[0].path == root / "test" / "v.wav"
+    (root / "test" / "loop").symlink_to(root)
+    assert len(read_split("audiocaps", root, "test").clips) == 1
+
+
+def test_hash_is_of_the_contents(tmp_path):
+    files = ["a.wav", "b.wav"]
+    one = read_split("audiocaps", audiocaps(tmp_path / "1", "1,a,0,x\n2,b,0,y\n", files), "test").hash
+    two = read_split("audiocaps", audiocaps(tmp_path / "2", "2,b,0,y\n1,a,0,x\n", files), "test").hash
+    other = read_split("audiocaps", audiocaps(tmp_path / "3", "1,a,0,x\n2,b,0,z\n", files), "test").hash
+    assert one == two != other
+
+
+def test_texts_are_folded_and_neutralised(tmp_path):
+    rows = '1,a,0,"a  dog\nbarks\t\x1b[31mred\x1b[0m\x07 \x1b]0;title\x07caf\u00e9\u202e"\n2,a,0,second\n'
+    root = audiocaps(tmp_path, rows, ["a.wav"])
+    (root / "test.csv").write_bytes(b"\xef\xbb\xbf" + (root / "test.csv").read_bytes())  # as Excel saves it
+    assert read_split("audiocaps", root, "test").clips[0].references == ["a dog barks red café", "second"]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "columns audiocap_id"), (AUDIOCAPS, "no rows"), ("audiocap_id,youtube_id,caption\n1,a,x\n", "found .'audiocap_id"),
+    (AUDIOCAPS + "1,a,0,x\n1,b,0,y\n", "csv:3: audiocap_id '1'"), (AUDIOCAPS + "1,a,zero,x\n", "csv:2: start_time"),
+    (AUDIOCAPS + "1,a,0,\n", "csv:2: clip a has no caption"), (AUDIOCAPS + "1,a,0,x, y\n", "csv:2: has 5 fields"),
+    (AUDIOCAPS + "1,a,0,\"x\n2,b,0,y\n", "csv:2: is not CSV"), (AUDIOCAPS + "1,../a,0,x\n", "csv:2: .*leads out"),
+    (AUDIOCAPS + "1,a,0," + "x" * 3000 + "\n", "csv:2: has a text of 3,000"),
+    (AUDIOCAPS + "1,a,0,ok\n2,a,0," + "x" * 10 ** 7 + "\n", "csv:3: is not CSV"),
+    (AUDIOCAPS + "1,a\x1b[2J,0,x\n", "csv:2: .*not a file name")])
+def test_bad_audiocaps_tables(tmp_path, text, message):
+    audiocaps(tmp_path, "", ["a.wav"])
+    (tmp_path / "test.csv").write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        read_split("audiocaps", tmp_path, "test")
+    assert str(error.value).isprintable()
+
+
+def test_missing_folders_tables_and_bytes(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        read_split("audiocaps", tmp_path / "none", "test")
+    with pytest.raises(InputError, match="test.csv: cannot be read"):
+        read_split("audiocaps", tmp_path, "test")
+    with pytest.raises(InputError, match="none of its 1 clips .* has a file in .* below"):
+        read_split("audiocaps", audiocaps(tmp_path, "1,a,0,x\n"), "test")
+    (tmp_path / "test.csv").write_bytes(AUDIOCAPS.encode() + b"1,a,0,x\n2,b,0,caf\xe9\n")
+    with pytest.raises(InputError, match="test.csv:3: is not UTF-8"):
+        read_split("audiocaps", tmp_path, "test")
+    with pytest.raises(InputError, match="data sets are"):
+        read_split("esc", tmp_path, "test")
+
+
+@pytest.mark.parametrize("rows, message", [
+    ("0.wav,x\n0.wav,y\n", "csv:3: file_name '0.wav' appears a second time"), ("../0.wav,x\n", "leads out"),
+    ("/etc/0.wav,x\n", "leads out"), ("..\\0.wav,x\n", "leads out"), ("0.wav,\n", "csv:2: clip 0.wav has no caption"),
+    (",x\n", "not a file name"), ("a" * 500 + ".wav,x\n", "none of its 1 clips")])
+def test_bad_clotho_tables(clotho, rows, message):
+    (clotho / "clotho_captions_evaluation.csv").write_text("file_name,caption_1\n" + rows)
+    with pytest.raises(InputError, match=message):
+        read_split("clotho", clotho, "test")
+
+
+def test_audio_visual_questions(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "val.csv").write_text("file_name,question,answer\na.mp4,What?,A dog\na.mp4,Who?,A cat\nb.mp4,Why?,so\n")
+    split = read_split("av", tmp_path, "val")
+    assert [(c.id, c.question, c.references) for c in split.clips] == [
+        ("a.mp4", "What?", ["A dog"]), ("a.mp4#2", "Who?", ["A cat"])]
+    assert split.missing == ["b.mp4"]
+
+
+@needs_shared
+def test_released_tables(tmp_path):
+    for split, n in (("train", 49838), ("val", 495), ("test", 975)):
+        with pytest.raises(InputError, match=f"none of its {n} clips"):
+            read_split("audiocaps", SHARED / "audiocaps", split)
+    split = read_split("clotho", SHARED / "esc10", "train")
+    assert len(split.clips) == 160 + 0 * len(split.missing) and all(len(c.references) == 5 for c in split.clips)
+    assert len(decode_audio(split.clips[0].path, RATE)) > RATE
+    with pytest.raises(InputError, match="the probe needs both"):
+        read_qa(SHARED / "llava" / "qa90_questions.jsonl")
+
+
+# ------------------------------------------------------------------------------------------ questions
+
+
+def test_question_files(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        (tmp_path / "images" / f"{i}.png").touch()
+    rows = [{"image": f"{i}.png", "question": f"What is {i}?\nOne word.", "answer": f"it is {i}", "kind": "what"}
+            for i in range(20)]
+    lines = tmp_path / "qa.jsonl"
+    lines.write_text("\n".join(map(json.dumps, rows)))
+    all_of_them, _ = read_qa(lines)
+    assert len(all_of_them) == 20 and {q.kind for q in all_of_them} == {"what"}
+    assert "What is 3?\nOne word." in {q.question for q in all_of_them}
+    some, digest = read_qa(lines, limit=5)
+    assert len(some) == 5 and read_qa(lines, limit=5) == (some, digest)
+    assert read_qa(lines, limit=5, seed=1)[1] != digest
+    talks = [{"id": "same", "image": "1.png", "conversations": [
+        {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A box."},
+        {"from": "human", "value": "And?"}, {"from": "gpt", "value": "More."}]}] * 2 + [{"id": "t", "conversations": []}]
+    (tmp_path / "talks.json").write_text(json.dumps(talks))
+    read, _ = read_qa(tmp_path / "talks.json", images=tmp_path / "images")
+    assert [(q.question, q.answer) for q in read] == [("What is it?", "A box.")] * 2
+    assert sorted(q.id for q in read) == ["same", "same#2"] and read[0].image == tmp_path / "images" / "1.png"
+
+
+@pytest.mark.parametrize("text, message", [
+    ("not json", "qa:1: is not JSON"), ('{"image": "a.png"', "qa:1: is not JSON"), ("[{]", "qa:1: is not JSON"),
+    ("", "no questions"), ("[]", "no questions"), ("3", "qa:1: lacks a question"), ("[" * 10 ** 5, "is not JSON"),
+    ('{"image": "a.png", "text": "What?"}', "the probe needs both"),
+    ('{"image": "../a.png", "question": "What?", "answer": "x"}', "leads out"),
+    ('{"question": "What?", "answer": "x"}', "not a file name"),
+    ('{"image": "b.png", "question": "What?", "answer": "x"}', "1 of 1 chosen images"),
+    ('{"image": "a.png", "question": "", "answer": "x"}', "empty question"),
+    ('\n{"image": "a.png", "conversations": [{"from": "gpt"}]}', "qa:2: lacks a question")])
+def test_bad_question_files(tmp_path, text, message):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "qa").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_qa(tmp_path / "qa")
+
+
+def test_files_are_replaced_whole(tmp_path):
+    data.write_json(tmp_path / "a.json", {"é": 1.5})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n "é": 1.5\n}\n'
+    with pytest.raises(ValueError):
+        data.write_json(tmp_path / "a.json", {"x": float("nan")})
+    with pytest.raises(InputError, match="cannot be written"):
+        data.write_text(tmp_path / "none" / "a.txt", "x")
+    assert os.listdir(tmp_path) == ["a.json"]

@@ -1,0 +1,369 @@
+"""Identities of the fusions and of the split, on decoders of four families."""
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, python
+from safetensors.torch import load_file, save_file
+
+import fusion as fusions
+from fusion import FusionError
+
+GATED = ["additive", "cross_attention", "unfreeze", "data_only"]
+SIZE = dict(vocab_size=60, hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4)
+
+
+def language_model(family):
+    from transformers import (AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig, LlamaConfig, PhiConfig, Qwen2Config,
+                              Qwen3Config)
+    config = {
+        "llama": lambda: LlamaConfig(**SIZE, num_key_value_heads=2),
+        "qwen2": lambda: Qwen2Config(**SIZE, num_key_value_heads=2, use_sliding_window=True, sliding_window=4,
+                                     max_window_layers=2),
+        "qwen3": lambda: Qwen3Config(**SIZE, num_key_value_heads=2, head_dim=16),
+        "gpt_neox": lambda: GPTNeoXConfig(**SIZE),
+        "gemma2": lambda: Gemma2Config(**SIZE, num_key_value_heads=2, head_dim=16, sliding_window=4),
+        "phi": lambda: PhiConfig(**SIZE),
+    }[family]()
+    config.pad_token_id, config.eos_token_id, config.bos_token_id = 0, 1, 2
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():  # a freshly initialised head gives near-ties, which no two code paths would break alike
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.mul_(8)
+    return model.eval().requires_grad_(False)
+
+
+def decoder_of(model):
+    return next(m for m in model.modules() if isinstance(getattr(m, "layers", None), torch.nn.ModuleList))
+
+
+FAMILIES = ["llama", "qwen2", "qwen3", "gpt_neox", "gemma2", "phi"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return language_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return language_model("llama")
+
+
+def make(kind, decoder, layers=(2, 4), seed=1, **kwargs):
+    torch.manual_seed(seed)
+    fusion = fusions.build(kind, decoder, encoder_width=24, layers=list(layers), tokens=5, hidden=32, **kwargs)
+    if kind in ("cross_attention", "unfreeze"):
+        fusion.set_gates(0.8)
+    return fusion.eval()
+
+
+def inputs(B=3, T=12, S=9):
+    torch.manual_seed(2)
+    slots = torch.arange(1, 6).expand(B, -1)
+    return torch.randint(3, 60, (B, T)), torch.randn(B, S, 24), torch.ones(B, S, dtype=torch.bool), slots
+
+
+# ---------------------------------------------------------------- closed, open, gone
+
+@pytest.mark.parametrize("layers", [(0,), (2,), (5,), (2, 4), (0, 1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("kind", GATED)
+def test_closed_gates_are_the_backbone(model, kind, layers):
+    decoder, (ids, frames, mask, _) = decoder_of(model), inputs()
+    fusion = make(kind, decoder, layers)
+    with torch.no_grad():
+        before = model(ids).logits
+        with fusion.attach(decoder, frames, mask):
+            opened = model(ids).logits
+        fusion.set_gates(0.0)
+        with fusion.attach(decoder, frames, mask):
+            closed = model(ids).logits
+        after = model(ids).logits
+    assert torch.equal(closed, before) and torch.equal(after, before)
+    assert (opened - before).abs().max() > 1e-3
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_closed_gates_generate_the_backbones_text(llama):
+    decoder, (ids, frames, mask, _) = decoder_of(llama), inputs()
+    how = dict(max_new_tokens=8, num_beams=3, num_return_sequences=3, do_sample=False)
+    for kind in ("additive", "cross_attention"):
+        fusion = make(kind, decoder)
+        fusion.set_gates(0.0)
+        with fusion.attach(decoder, frames, mask):
+            assert torch.equal(llama.generate(ids, **how), llama.generate(ids, **how))
+            closed = llama.generate(ids, **how)
+        assert torch.equal(closed, llama.generate(ids, **how))
+
+
+@pytest.mark.parametrize("kind", list(fusions.SYSTEMS))
+def test_nothing_is_left_behind_after_an_exception(llama, kind):
+    decoder, (ids, frames, mask, slots) = decoder_of(llama), inputs()
+    blocks, weights = list(decoder.layers), {k: v.clone() for k, v in llama.state_dict().items()}
+    fusion = make(kind, decoder)
+    with pytest.raises(ZeroDivisionError), fusion.attach(decoder, frames, mask, slots):
+        llama(ids)
+        1 / 0
+    assert all(a is b for a, b in zip(blocks, decoder.layers))
+    assert not any(m._forward_pre_hooks for m in llama.modules())
+    assert all(torch.equal(v, weights[k]) for k, v in llama.state_dict().items())
+
+
+def test_without_a_clip_it_is_the_backbone(llama):
+    decoder, (ids, *_) = decoder_of(llama), inputs()
+    for kind in ("additive", "cross_attention", "concat", "data_only"):
+        with torch.no_grad(), make(kind, decoder).attach(decoder) as tokens:
+            assert tokens is None
+            inside = llama(ids).logits
+        assert torch.equal(inside, llama(ids).logits)
+
+
+def test_unfreeze_swaps_its_blocks_in_and_out(llama):
+    decoder, (ids, *_) = decoder_of(llama), inputs()
+    fusion = make("unfreeze", decoder)
+    with torch.no_grad():
+        next(iter(fusion.top.values())).mlp.down_proj.weight.mul_(1.5)
+        before = llama(ids).logits
+        with fusion.attach(decoder):
+            assert not torch.equal(llama(ids).logits, before)
+        assert torch.equal(llama(ids).logits, before)
+
+
+# ---------------------------------------------------------------- generation
+
+@pytest.mark.parametrize("kind", list(fusions.SYSTEMS))
+def test_greedy_with_cache_equals_teacher_forced_argmax(model, kind):
+    decoder, (ids, frames, mask, slots) = decoder_of(model), inputs()
+    with torch.no_grad(), make(kind, decoder).attach(decoder, frames, mask, slots):
+        rows = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
+                              eos_token_id=None)
+        best = model(rows).logits[:, ids.shape[1] - 1:-1].argmax(-1)
+    assert torch.equal(rows[:, ids.shape[1]:], best)
+
+
+@pytest.mark.parametrize("kind", list(fusions.SYSTEMS))
+def test_beams_of_one_clip_equal_beams_of_the_batch(llama, kind):
+    decoder, (ids, frames, mask, slots) = decoder_of(llama), inputs()
+    fusion, how = make(kind, decoder), dict(max_new_tokens=6, num_beams=3, num_return_sequences=3, eos_token_id=None)
+    with torch.no_grad():
+        with fusion.attach(decoder, frames, mask, slots):
+            batch = llama.generate(ids, **how)
+        for b in range(3):
+            with fusion.attach(decoder, frames[b:b + 1], mask[b:b + 1], slots[b:b + 1]):
+                one = llama.generate(ids[b:b + 1], **how)
+            assert torch.equal(one, batch[3 * b:3 * b + 3])
+
+
+def test_left_padding_changes_nothing(llama):
+    decoder, (ids, frames, mask, _) = decoder_of(llama), inputs()
+    padded = torch.cat([torch.zeros(3, 4, dtype=torch.long), ids], 1)
+    attention = (torch.arange(16) >= 4).long().expand(3, -1)
+    with torch.no_grad(), make("additive", decoder).attach(decoder, frames, mask):
+        plain = llama.generate(ids, max_new_tokens=5, eos_token_id=None)[:, 12:]
+        left = llama.generate(padded, attention_mask=attention, max_new_tokens=5, eos_token_id=None)[:, 16:]
+    assert torch.equal(plain, left)
+
+
+def test_padded_frames_change_nothing(llama):
+    decoder, (ids, frames, mask, slots) = decoder_of(llama), inputs()
+    longer = torch.cat([frames, torch.full((3, 7, 24), 9.0)], 1)
+    longer_mask = torch.cat([mask, torch.zeros(3, 7, dtype=torch.bool)], 1)
+    for kind in ("additive", "cross_attention", "concat"):
+        fusion = make(kind, decoder)
+        with torch.no_grad():
+            assert torch.allclose(fusion.tokens(frames, mask), fusion.tokens(longer, longer_mask), atol=1e-5)
+
+
+def test_two_modalities_at_once(llama):
+    decoder, (ids, frames, mask, _) = decoder_of(llama), inputs()
+    audio, video = make("additive", decoder), make("additive", decoder, seed=5, modality="video")
+    with torch.no_grad():
+        with audio.attach(decoder, frames, mask):
+            alone = llama(ids).logits
+        with audio.attach(decoder, frames, mask), video.attach(decoder, frames.flip(0), mask):
+            both = llama(ids).logits
+        video.set_gates(0.0)
+        with audio.attach(decoder, frames, mask), video.attach(decoder, frames.flip(0), mask):
+            assert torch.equal(llama(ids).logits, alone)
+    assert not torch.equal(both, alone)
+
+
+def test_one_clip_hears_itself_only(llama):
+    decoder, (ids, frames, mask, _) = decoder_of(llama), inputs()
+    other = frames.clone()
+    other[1] = 0.5
+    with torch.no_grad():
+        with make("additive", decoder).attach(decoder, frames, mask):
+            a = llama(ids).logits
+        with make("additive", decoder).attach(decoder, other, mask):
+            b = llama(ids).logits
+    assert torch.allclose(a[[0, 2]], b[[0, 2]], atol=1e-5) and not torch.allclose(a[1], b[1], atol=1e-3)
+
+
+def test_data_only_is_deaf(llama):
+    decoder, (ids, frames, mask, _) = decoder_of(llama), inputs()
+    fusion = make("data_only", decoder)
+    with torch.no_grad():
+        with fusion.attach(decoder, frames, mask):
+            a = llama(ids).logits
+        with fusion.attach(decoder, -3 * frames, mask):
+            assert torch.equal(llama(ids).logits, a)
+
+
+def test_pooling_matches_torch_on_full_clips():
+    frames = torch.randn(2, 13, 7)
+    pooled = fusions.masked_adaptive_pool(frames, torch.ones(2, 13, dtype=torch.bool), 5)
+    wanted = torch.nn.functional.adaptive_avg_pool1d(frames.transpose(1, 2), 5).transpose(1, 2)
+    assert torch.allclose(pooled, wanted, atol=1e-6)
+
+
+def test_clip_shorter_than_the_tokens():
+    frames = torch.arange(3.0)[None, :, None]
+    pooled = fusions.masked_adaptive_pool(frames, torch.ones(1, 3, dtype=torch.bool), 8)[0, :, 0]
+    assert pooled.isfinite().all() and (pooled.diff() >= 0).all() and pooled[0] == 0 and pooled[-1] == 2
+
+
+# ---------------------------------------------------------------- split
+
+@pytest.mark.parametrize("k", [0, 1, 3, 5])
+def test_head_of_trunk_is_the_whole(model, k):
+    decoder, (ids, *_) = decoder_of(model), inputs()
+    trunk, head = fusions.split(decoder, k)
+    with torch.no_grad():
+        whole = decoder(ids, use_cache=False).last_hidden_state
+        states = trunk(ids, use_cache=False).last_hidden_state
+        parts = head(inputs_embeds=states, use_cache=False).last_hidden_state
+    assert torch.equal(parts, whole)
+    assert len(decoder.layers) == SIZE["num_hidden_layers"] == decoder.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("kind", list(fusions.SYSTEMS))
+def test_gradients_through_the_head_equal_those_through_the_whole(model, kind):
+    decoder, (ids, frames, mask, slots) = decoder_of(model), inputs()
+    fusion = make(kind, decoder)
+    with fusion.attach(decoder):
+        trunk, head = fusions.split(decoder, 2)
+    found = []
+    for through_head in (False, True):
+        fusion.zero_grad()
+        with fusion.attach(decoder, frames, mask, slots):
+            if through_head:
+                with torch.no_grad():
+                    states = trunk(ids, use_cache=False).last_hidden_state
+                out = head(inputs_embeds=states, use_cache=False).last_hidden_state
+            else:
+                out = decoder(ids, use_cache=False).last_hidden_state
+        out.square().mean().backward()
+        found.append({n: p.grad.clone() for n, p in fusion.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 5
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], rtol=1e-4, atol=1e-6), name
+    assert all(p.grad is None for p in decoder.parameters())
+
+
+@pytest.mark.parametrize("kind", ["additive", "cross_attention", "concat"])
+def test_every_parameter_learns(llama, kind):
+    """No deadlock of a zero gate on a zero output: within two steps each tensor has had a gradient."""
+    decoder, (ids, frames, mask, slots) = decoder_of(llama), inputs()
+    torch.manual_seed(0)
+    fusion = fusions.build(kind, decoder, encoder_width=24, layers=[2, 4], tokens=5, hidden=32)
+    optimizer, moved = torch.optim.SGD(fusion.parameters(), lr=0.1), set()
+    for _ in range(3):
+        with fusion.attach(decoder, frames, mask, slots):
+            decoder(ids, use_cache=False).last_hidden_state.square().mean().backward()
+        moved |= {n for n, p in fusion.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        optimizer.step()
+        optimizer.zero_grad()
+    assert moved == {n for n, _ in fusion.named_parameters()}
+
+
+# ---------------------------------------------------------------- budgets and files
+
+def test_budgets_match_at_full_width():
+    from transformers import LlamaConfig, LlamaModel
+    with torch.device("meta"):
+        decoder = LlamaModel(LlamaConfig()).requires_grad_(False)  # 32 layers, width 4096: LLaVA-1.5-7B's
+        assert (len(decoder.layers), decoder.config.hidden_size) == (32, 4096)
+        for layers in ([12], [12, 24]):
+            count = {kind: fusions.count_parameters(fusions.build(
+                kind, decoder, encoder_width=768, layers=layers, tokens=16, hidden=768)) for kind in fusions.SYSTEMS}
+            for kind in ("cross_attention", "concat", "data_only"):
+                assert 0.9 < count[kind] / count["additive"] < 1.1, count
+            assert count["unfreeze"] > 20 * count["additive"]
+
+
+@pytest.mark.parametrize("kind", list(fusions.SYSTEMS))
+def test_save_and_load(llama, kind, tmp_path):
+    decoder, (ids, frames, mask, slots) = decoder_of(llama), inputs()
+    fusion = make(kind, decoder)
+    fusion.save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fusion.json", "fusion.safetensors"]
+    saved = load_file(tmp_path / "fusion.safetensors")
+    assert saved.keys() == {n for n, p in fusion.named_parameters()}  # trainable tensors only
+    again = fusions.load(tmp_path, decoder)
+    with torch.no_grad():
+        with fusion.attach(decoder, frames, mask, slots):
+            a = llama(ids).logits
+        with again.attach(decoder, frames, mask, slots):
+            assert torch.equal(llama(ids).logits, a)
+
+
+def test_wrong_backbone_is_named(llama, tmp_path):
+    make("additive", decoder_of(llama)).save(tmp_path)
+    with pytest.raises(FusionError, match="class is LlamaModel there, Qwen2Model here"):
+        fusions.load(tmp_path, decoder_of(language_model("qwen2")))
+
+
+def test_bad_checkpoints_are_refused(llama, tmp_path):
+    decoder = decoder_of(llama)
+    with pytest.raises(FusionError, match="no such file"):
+        fusions.load(tmp_path, decoder)
+    make("additive", decoder).save(tmp_path)
+    good = (tmp_path / "fusion.safetensors").read_bytes()
+    for bad in (b"", good[:100], b"\x80\x04pickle", b"\xff" * 8 + good[8:]):
+        (tmp_path / "fusion.safetensors").write_bytes(bad)
+        with pytest.raises(FusionError, match="not a fusion checkpoint"):
+            fusions.load(tmp_path, decoder)
+    (tmp_path / "fusion.safetensors").write_bytes(good)
+    tensors = load_file(tmp_path / "fusion.safetensors")
+    tensors.popitem()
+    save_file(tensors, tmp_path / "fusion.safetensors")
+    with pytest.raises(FusionError, match="not a fusion checkpoint.*Missing key"):
+        fusions.load(tmp_path, decoder)
+    for bad in ("", "[]", '{"kind": "additive"}', json.dumps({"kind": "nonsense"})):
+        (tmp_path / "fusion.json").write_text(bad)
+        with pytest.raises(FusionError):
+            fusions.load(tmp_path, decoder)
+
+
+def test_what_does_not_fit_is_refused(llama):
+    decoder, (ids, frames, mask, slots) = decoder_of(llama), inputs()
+    for layers in ([6], [-1], []):
+        with pytest.raises(FusionError, match="layers 0 to 5"):
+            fusions.build("additive", decoder, encoder_width=24, layers=layers)
+    with pytest.raises(FusionError, match="no system called"):
+        fusions.build("magic", decoder, encoder_width=24, layers=[1])
+    with pytest.raises(FusionError, match="`.layers`"):
+        fusions.build("additive", llama.lm_head, encoder_width=24, layers=[1])
+    fusion = make("additive", decoder)
+    with pytest.raises(FusionError, match="another encoder"), fusion.attach(decoder, frames[..., :9]):
+        pass
+    with pytest.raises(FusionError, match="no multiple"), fusion.attach(decoder, frames[:2]):
+        llama(ids)
+    with pytest.raises(FusionError, match="concat needs slots"), make("concat", decoder).attach(decoder, frames):
+        llama(ids)
+
+
+def test_alone_in_an_empty_folder(tmp_path):
+    shutil.copy(ROOT / "fusion.py", tmp_path)
+    out = python("fusion.py", cwd=tmp_path).stdout
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.split()[:1] and
+            line.split()[0] in fusions.SYSTEMS}
+    assert rows.keys() == fusions.SYSTEMS.keys()
+    for kind in GATED:
+        assert rows[kind][2] == "0", out
+    assert all("0 hooks" in " ".join(r) for r in rows.values())
+    assert float(rows["additive"][3]) > 0 and rows["cross_attention"][3] == "0"

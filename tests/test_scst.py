@@ -1,0 +1,121 @@
+"""The reward, the baseline and the policy gradient."""
+import csv
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, python
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import scst
+
+CAPTIONS = st.lists(st.sampled_from("a dog cat barks meows loudly twice then".split()), max_size=9).map(" ".join)
+
+
+def pycoco(hypotheses, references):
+    from pycocoevalcap.cider.cider import Cider
+    ids = range(len(hypotheses))
+    return Cider().compute_score({i: references[i] for i in ids}, {i: [hypotheses[i]] for i in ids})[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(CAPTIONS, st.lists(CAPTIONS.filter(bool), min_size=1, max_size=4)), min_size=2, max_size=6))
+def test_equals_pycocoevalcap(items):
+    hypotheses, references = [h for h, _ in items], [r for _, r in items]
+    assert np.allclose(scst.cider_d(hypotheses, references), pycoco(hypotheses, references), atol=1e-9)
+
+
+def test_equals_pycocoevalcap_on_released_captions(shared):
+    clips = {}
+    for row in csv.DictReader(open(shared / "audiocaps/test.csv", encoding="utf-8")):
+        clips.setdefault(row["youtube_id"], []).append(scst.words(row["caption"]))
+    hypotheses, references = [c[0] for c in clips.values()], [c[1:] for c in clips.values()]
+    assert np.abs(np.array(scst.cider_d(hypotheses, references)) - pycoco(hypotheses, references)).max() < 1e-9
+
+
+def test_the_end_counts():
+    references = [["a dog barks"], ["a cat meows"]]
+    reward = scst.CiderD(references, end=True)
+    assert reward.score("a dog barks", references[0]) > reward.score("a dog barks", references[0], ended=False)
+    assert reward.score("a dog barks", references[0]) > reward.score("a dog", references[0])
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("A dog, barking!\n\tTwice", "a dog barking twice"), ("a man's \"voice\" \U0001f600", "a man's voice"), ("", ""),
+    ("Émile sings 3 times_over", "émile sings 3 times over")])
+def test_words(text, wanted):
+    assert scst.words(text) == wanted
+
+
+@pytest.mark.parametrize("hypothesis", ["", "dog", "zebra"])
+def test_short_hypotheses_score_and_do_not_crash(hypothesis):
+    value = scst.CiderD([["a dog barks"], ["a cat"]]).score(hypothesis, ["a dog barks"])
+    assert np.isfinite(value) and value >= 0
+
+
+def test_no_references_are_refused():
+    with pytest.raises(ValueError, match="a reference for each"):
+        scst.CiderD([["a dog"], []])
+
+
+def test_leave_one_out_is_the_mean_of_the_others():
+    rewards = torch.rand(4, 5, generator=torch.Generator().manual_seed(0))
+    advantage = scst.leave_one_out(rewards)
+    for b in range(4):
+        for k in range(5):
+            others = [rewards[b, j] for j in range(5) if j != k]
+            assert torch.isclose(advantage[b, k], rewards[b, k] - sum(others) / 4, atol=1e-6)
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        scst.leave_one_out(rewards[:, :1])
+
+
+def test_gradient_is_that_of_the_expected_reward():
+    """The loss, weighted over all sequences by their probability, against finite differences of the exact value."""
+    torch.manual_seed(0)
+    V, T = 3, 2
+    reward = torch.rand(V, V, dtype=torch.float64)
+    logits = torch.randn(T, V, dtype=torch.float64, requires_grad=True)
+
+    def expected(x):
+        p = x.log_softmax(-1).exp()
+        return (p[0][:, None] * p[1][None] * reward).sum()
+
+    numeric = torch.zeros_like(logits)
+    for i in range(T):
+        for j in range(V):
+            d = torch.zeros(T, V, dtype=torch.float64)
+            d[i, j] = 1e-6
+            numeric[i, j] = (expected(logits.detach() + d) - expected(logits.detach() - d)) / 2e-6
+    # every pair of samples with its probability: then the mean of the loss's gradient is exact, no sampling noise
+    sequences = torch.cartesian_prod(torch.arange(V), torch.arange(V))
+    logp = logits.log_softmax(-1)
+    total = 0.0
+    for a in sequences:
+        for b in sequences:
+            pair = torch.stack([a, b])                                      # (K, T)
+            logprobs = torch.stack([logp[0, pair[:, 0]], logp[1, pair[:, 1]]], -1)[None]
+            r = reward[pair[:, 0], pair[:, 1]][None]
+            chance = logprobs.detach().sum().exp()
+            total = total + chance * scst.scst_loss(logprobs, torch.ones_like(logprobs), scst.leave_one_out(r))
+    total.backward()
+    # the loss averages over the K * T tokens and leave-one-out sums over K samples: -K * gradient / (K * T)
+    assert torch.allclose(logits.grad, -numeric / T, atol=1e-7)
+
+
+def test_masked_tokens_do_not_count():
+    logprobs = torch.randn(2, 3, 4, requires_grad=True)
+    mask = torch.ones(2, 3, 4, dtype=torch.bool)
+    mask[..., 2:] = False
+    scst.scst_loss(logprobs, mask, torch.randn(2, 3)).backward()
+    assert (logprobs.grad[..., 2:] == 0).all() and (logprobs.grad[..., :2] != 0).all()
+    with pytest.raises(ValueError, match="do not belong together"):
+        scst.scst_loss(logprobs, mask, torch.randn(3, 2))
+
+
+def test_alone_in_an_empty_folder_the_reward_rises(tmp_path):
+    shutil.copy(ROOT / "scst.py", tmp_path)
+    out = python("scst.py", cwd=tmp_path).stdout.splitlines()
+    rewards = [float(line.split("sampled reward")[1].split()[0]) for line in out]
+    assert rewards[-1] > 3 * rewards[0] and out[-1].endswith("a dog barks twice | a cat meows twice")
