@@ -127,7 +127,7 @@ def read_split(dataset, root, split):
 
 
 def _audiocaps(table, split):
-    """Clips of an AudioCaps table, path None where there is no file under any of the names that people use."""
+    """Clips of an AudioCaps table, path None where no file has one of the names that people use."""
     rows, numbers, starts = {}, set(), {}
     for where, row in _rows(table, {"audiocap_id", "youtube_id", "start_time", "caption"}):
         number, video, time = row["audiocap_id"], _inside(where, row["youtube_id"]), row["start_time"]
@@ -153,18 +153,18 @@ def _audiocaps(table, split):
         stems = [f"{video}_{time}" for time in begin + list(map("_".join, zip(begin, end)))]
         stems += [video] * (len(starts[video]) == 1)  # with two times, the bare name could mean either
         stem = next((s for s in [*stems, *(f"Y{s}" for s in stems), *numbers] if s in files), None)
-        # of copies in several folders the one named after the split is taken
-        path = min(files.get(stem, [None]), key=lambda p: (p and split not in p.parts, str(p)))
-        clips.append(Clip(f"{video}_{start:g}", path, references))
+        copies = sorted(files.get(stem, ()))  # the one in a folder named after the split is taken
+        copies.sort(key=lambda path: split not in path.relative_to(table.parent).parts)
+        clips.append(Clip(f"{video}_{start:g}", copies[0] if copies else None, references))
     return clips
 
 
 def _named_files(table, folders):
-    """Clips of a table with file_name and either caption_1, caption_2, … or question, answer; as _audiocaps."""
+    """Clips of a table with file_name and either caption_1, caption_2, … or question and answer."""
     clips, seen = [], {}
     for where, row in _rows(table, {"file_name", "caption_1"}, {"file_name", "question", "answer"}):
-        name, question = _inside(where, row["file_name"]), row.get("question")
-        question = question and _clean(where, question)
+        name = _inside(where, row["file_name"])
+        question = _clean(where, row["question"]) if "question" in row else None
         columns = ["answer"] if "question" in row else [c for c in row if re.fullmatch(r"caption_\d+", c)]
         references = [text for text in (_clean(where, row[c]) for c in columns) if text]
         if not references or question == "":
@@ -173,14 +173,14 @@ def _named_files(table, folders):
             raise InputError(f"{where}: file_name {name!r} appears a second time")
         seen[name].append(question)
         path = next((folder / name for folder in folders if os.path.isfile(folder / name)), None)
-        number = len(seen[name])  # a clip may be asked several things
-        clips.append(Clip(name if number == 1 else f"{name}#{number}", path, references, question))
+        again = f"#{len(seen[name])}" if len(seen[name]) > 1 else ""  # a clip may be asked several things
+        clips.append(Clip(name + again, path, references, question))
     return clips
 
 
 def _rows(table, *alternatives):
     """[("file:line", {column: text})] of a CSV that has all the columns of one of the alternatives."""
-    reader = csv.reader(io.StringIO(_text(table), newline=""), strict=True)  # strict: an open quote is an error
+    reader = csv.reader(io.StringIO(_text(table), newline=""), strict=True)  # an open quote is an error
     rows, line = [], 1
     try:
         header = [column.strip() for column in next(reader, [])]
@@ -190,8 +190,8 @@ def _rows(table, *alternatives):
         line = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
-                raise InputError(f"{table}:{line}: has {len(cells)} fields where the header has {len(header)}; a "
-                                 "text with a comma needs quotes")
+                raise InputError(f"{table}:{line}: has {len(cells)} fields and the header {len(header)}; "
+                                 "a text with a comma needs quotes")
             if cells:
                 rows.append((f"{table}:{line}", dict(zip(header, map(str.strip, cells)))))
             line = reader.line_num + 1
@@ -244,11 +244,12 @@ def read_qa(path, images=None, limit=1000, seed=0):
         if text.lstrip().startswith("["):
             records = [(f"{path}: record {n}", record) for n, record in enumerate(json.loads(text), 1)]
         else:
-            lines = [(line, row) for line, row in enumerate(text.split("\n"), 1) if row.strip()]
-            records = [(f"{path}:{line}", json.loads(row)) for line, row in lines]
+            records = []
+            for line, row in enumerate(text.split("\n"), 1):
+                records += [(f"{path}:{line}", json.loads(row))] if row.strip() else []
     except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
-        raise InputError(f"{path}:{line}: is not JSON ({getattr(error, 'msg', 'too deep or large')})") from None
+        line, reason = line + getattr(error, "lineno", 1) - 1, getattr(error, "msg", "too deep or large")
+        raise InputError(f"{path}:{line}: is not JSON ({reason})") from None
     questions, ids = [], {}
     for where, record in records:
         try:
@@ -363,7 +364,9 @@ def noisy(wave, snr_db, generator, noise=None):
     else:
         start = int(torch.randint(len(noise), (), generator=generator))
         noise = torch.from_numpy(np.resize(np.roll(noise, -start), len(wave)).astype(np.float32))
-    if not wave.any() or not noise.any():
+    if not noise.any():
+        raise InputError("the noise is silent; choose another recording")
+    if not wave.any():
         return wave
     return torchaudio.functional.add_noise(torch.from_numpy(wave), noise, torch.tensor(float(snr_db))).numpy()
 
@@ -382,7 +385,7 @@ def _pretrained(path, model_class, processor_class):
         raise InputError(f"{path}: cannot be loaded as {model_class.__name__} ({reason})") from None
     lacking = [*report["missing_keys"], *map(str, report["mismatched_keys"])]
     if lacking:  # transformers would fill them with random numbers and go on
-        raise InputError(f"{path}: is no {model_class.__name__}: lacks {len(lacking)} weights, {lacking[0]} first")
+        raise InputError(f"{path}: no {model_class.__name__}; {len(lacking)} weights lack: {lacking[0]}")
     settings = [model.config.to_dict(), getattr(processor, "feature_extractor", processor).to_dict()]
     for key in ("_name_or_path", "transformers_version", "processor_class"):  # where from, not what it is
         settings[0].pop(key, None), settings[1].pop(key, None)
@@ -495,9 +498,9 @@ class Features:
 def load_features(split, encoder, cache_dir, modality="audio"):
     """Features of the clips of `split` from the cache, where they are computed first if they are not there.
 
-    The file is named by a hash of the encoder and of the bytes of every clip. Afterwards clips that cannot be
-    decoded are in `split.bad`, no longer in `split.clips`, and `features[i]` belongs to `split.clips[i]`; with
-    two modalities look up `features.index[clip.id]`. Of jobs that start together one builds, the others wait.
+    The file is named by a hash of the encoder and of the bytes of every clip. Afterwards `split.bad` lists
+    the clips that cannot be decoded, `split.clips` holds the others and `features[i]` is of `split.clips[i]`;
+    with two modalities look up `features.index[clip.id]`. Of jobs started together one builds, others wait.
     Raises InputError when no clip can be decoded or the cache cannot be written."""
     folder = Path(cache_dir)
     try:

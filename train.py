@@ -280,7 +280,7 @@ class Log:
     """log.jsonl: one flat object a line; on resume the lines after the saved state are taken back."""
 
     def __init__(self, path, keep):
-        self.path, self.quiet = path, dist_rank() > 0
+        self.path, self.quiet, self.lines = path, dist_rank() > 0, keep
         if not self.quiet:
             lines = path.read_text().splitlines()[:keep] if path.exists() else []
             data.write_text(path, "".join(f"{line}\n" for line in lines))
@@ -388,7 +388,6 @@ def main(argv=None):
 
     # resume
     state_file = out / "state" / "state.safetensors"
-    optimizer = optimizer_for(fusion, contrast, args)
     progress = {"stage": "xe", "step": 0, "best": None, "best_step": 0, "since_best": 0, "seconds": 0.0,
                 "log_lines": 0, "validated": -1, "stages": {}}
     if args.scst == "now" and not state_file.exists():
@@ -396,6 +395,8 @@ def main(argv=None):
             raise InputError(f"--scst now: {out} has no XE checkpoint; train with --scst auto, or off first")
     if state_file.exists():
         progress = read_progress(state_file)
+    optimizer = optimizer_for(fusion, contrast, args, args.scst_lr if progress["stage"] == "scst" else None)
+    if state_file.exists():
         load_state(state_file, modules, optimizer)
         if rank == 0:
             print(f"{out}: goes on at {progress['stage']} step {progress['step']}")
@@ -510,6 +511,8 @@ def main(argv=None):
                 if stage == "scst" or args.scst == "off":
                     break
                 # on to SCST, from the best XE checkpoint
+                if world > 1:
+                    dist.barrier()  # process 0 may still be writing it
                 fusion.load_state_dict(fusions.load(out, decoder).state_dict())
                 optimizer = optimizer_for(fusion, contrast, args, args.scst_lr)
                 progress.update(stage="scst", step=0, validated=0, best=None, best_step=0, since_best=0)

@@ -1,0 +1,179 @@
+"""Training: losses, order, resume to the last bit, two processes as one, and what a person can get wrong."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, python
+
+import data
+import train
+
+
+def flags(world, out, *more):
+    return ["--data", world / "data/audiocaps", "--llava", world / "models/llava", "--encoder", world / "models/clap",
+            "--layers", "3", "6", "--tokens", "8", "--hidden", "32", "--batch-size", "8", "--micro-batch", "4",
+            "--steps", "8", "--eval-every", "4", "--patience", "9", "--lr", "3e-3", "--lr-adapter", "3e-3",
+            "--contrastive", "0.1", "--cache", world / "cache", "--out", out, *more]
+
+
+def run(world, out, *more, **kwargs):
+    return python(ROOT / "train.py", *flags(world, out, *more), **kwargs)
+
+
+def log_of(out, event):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [x for x in lines if x["event"] == event]
+
+
+# ---------------------------------------------------------------- parts
+
+def test_info_nce_by_hand():
+    torch.manual_seed(0)
+    a, t = torch.randn(4, 6), torch.randn(4, 6)
+    logits = torch.nn.functional.cosine_similarity(a[:, None], t[None], dim=-1) / 0.07
+    by_hand = 0.0
+    for i in range(4):
+        by_hand += (logits[i].logsumexp(0) - logits[i, i] + logits[:, i].logsumexp(0) - logits[i, i]) / 8
+    assert train.info_nce(a, t, torch.tensor(math.log(0.07)), torch.arange(4)).item() == pytest.approx(by_hand.item(),
+                                                                                                      rel=1e-5)
+
+
+def test_another_caption_of_the_same_clip_is_no_negative():
+    torch.manual_seed(0)
+    a, t, temperature = torch.randn(3, 6), torch.randn(3, 6), torch.tensor(0.0)
+    a[2], t[2] = a[0], t[0]                                   # the same clip twice, with the same caption
+    twice = train.info_nce(a, t, temperature, torch.tensor([7, 8, 7]))
+    assert twice < train.info_nce(a, t, temperature, torch.tensor([7, 8, 9]))
+    assert train.info_nce(a[:1], t[:1], temperature, torch.tensor([7])).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_order_is_a_function_of_seed_and_step():
+    order = train.Order([1] * 10, seed=0)
+    first = [order.step(s, 4) for s in range(5)]             # 20 clips: two epochs
+    clips = [c for step in first for c, _ in step]
+    assert sorted(clips[:10]) == sorted(clips[10:]) == list(range(10)) and clips[:10] != clips[10:]
+    assert train.Order([1] * 10, seed=0).step(3, 4) == first[3]
+    assert train.Order([1] * 10, seed=1).step(3, 4) != first[3]
+    five = train.Order([5] * 4, seed=0)
+    drawn = [r for s in range(40) for _, r in five.step(s, 4)]
+    assert set(drawn) == set(range(5))
+
+
+def test_schedule():
+    rates = [train.cosine(s, 100, 0.1) for s in range(100)]
+    assert rates[0] == 0.1 and max(rates) == rates[10] == 1 and rates[-1] < 0.001
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+
+
+@pytest.mark.parametrize("change, word", [
+    (dict(val_words=30.0), "words"), (dict(val_words=2.0), "words"), (dict(val_repetition=0.4), "repeat"),
+    (dict(val_not_ended=0.5), "not end"), (dict(val_spider_lite=0.1, val_spider=0.1), "after XE")])
+def test_collapse_is_named(change, word):
+    xe = dict(val_words=9.0, val_repetition=0.0, val_not_ended=0.0, val_spider_lite=0.6, val_spider=0.6)
+    assert train.collapse(xe, xe) is None
+    assert word in train.collapse({**xe, **change}, xe)
+
+
+# ---------------------------------------------------------------- runs
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run(world, out, "--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-4")
+    return out
+
+
+def test_a_run_leaves_what_is_promised(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert names == {"config.json", "log.jsonl", "fusion.safetensors", "fusion.json", "stable.json", "training.json",
+                     "scst"}
+    assert {p.name for p in (finished / "scst").iterdir()} == {"fusion.safetensors", "fusion.json"}
+    steps, validations = log_of(finished, "step"), log_of(finished, "validation")
+    assert {"xe", "contrastive", "gate_3", "gate_6", "lr", "clips_per_second"} <= steps[0].keys()
+    assert [(v["stage"], v["step"]) for v in validations] == [("xe", 4), ("xe", 8), ("scst", 4)]
+    summary = json.loads((finished / "training.json").read_text())
+    best = max(log_of(finished, "validation")[:2], key=lambda v: v["val_spider_lite"])
+    assert summary["stages"]["xe"]["best"] == best["val_spider_lite"]
+    assert summary["stages"]["xe"]["best_step"] in (4, 8)
+
+
+def test_a_killed_run_ends_in_the_same_bytes(world, finished, tmp_path):
+    """SIGKILL in XE before and after the first saved state, and in SCST; then started again."""
+    out = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "train.py"),
+               *map(str, flags(world, out, "--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-4"))]
+    marks = ['"step": 0', '"step": 4', '"stage": "scst", "step": 1']
+    for mark in marks:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+        deadline = time.time() + 120
+        while process.poll() is None and time.time() < deadline:
+            if (out / "log.jsonl").exists() and mark in (out / "log.jsonl").read_text():
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.02)
+        assert process.wait() == -signal.SIGKILL
+    python(*command[1:])
+    for name in ("fusion.safetensors", "scst/fusion.safetensors"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+    timing = {"seconds", "clips_per_second", "val_seconds"}
+    whole, again = [[{k: v for k, v in json.loads(line).items() if k not in timing}
+                     for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (finished, out)]
+    assert whole == again
+    assert not (out / "state").exists() and not list(out.rglob("*.tmp*"))
+
+
+def test_a_finished_run_is_skipped_and_a_changed_flag_is_named(world, finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    same = ["--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-4"]
+    assert "finished already" in run(world, finished, *same).stdout
+    done = run(world, finished, *same, "--seed", "5", check=False)
+    assert done.returncode == 2 and "holds a run with --seed 0, not 5" in done.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+
+
+def test_two_processes_are_one(world, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ["--steps", "20", "--eval-every", "20"]
+    run(world, one, *more)
+    python("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611", ROOT / "train.py",
+           *flags(world, two, *more), env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for a, b in zip(log_of(one, "step"), log_of(two, "step"), strict=True):
+        for term in ("xe", "contrastive", "gradient_norm"):
+            assert a[term] == pytest.approx(b[term], abs=1e-5, rel=1e-5), (a["step"], term)
+    assert (two / "training.json").exists() and len(log_of(two, "validation")) == 1
+
+
+def test_what_is_not_finite_is_named(world, tmp_path, monkeypatch):
+    original = data.Features.__getitem__
+
+    def poisoned(self, i):
+        frames = original(self, i)
+        return frames * float("nan") if self.ids[i] == culprit else frames
+
+    split = data.read_split("audiocaps", world / "data/audiocaps", "train")
+    culprit = split.clips[train.Order([1] * len(split.clips), 0).step(5, 8)[0][0]].id
+    monkeypatch.setattr(data.Features, "__getitem__", poisoned)
+    with pytest.raises(train.NotFinite) as e:
+        train.main([str(f) for f in flags(world, tmp_path / "nan")])
+    assert culprit in str(e.value) and "step" in str(e.value)
+    assert (tmp_path / "nan/fusion.safetensors").exists() or "step 5" not in str(e.value)
+    import safetensors.torch
+    saved = safetensors.torch.load_file(tmp_path / "nan/fusion.safetensors")
+    assert all(v.isfinite().all() for v in saved.values())
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--layers", "9"], "--layers 9: this decoder has layers 0 to 7"),
+    (["--data", "nowhere"], "nowhere"), (["--llava", "nowhere"], "nowhere"), (["--encoder", "nowhere"], "nowhere"),
+    (["--scst", "auto", "--scst-samples", "1"], "at least 2"), (["--batch-size", "9"], "multiple of --micro-batch"),
+    (["--scst", "now"], "has no XE checkpoint"), (["--fusion", "magic"], "invalid choice")])
+def test_mistakes_are_one_line(world, tmp_path, more, message):
+    done = run(world, tmp_path / "run", *more, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "run/training.json").exists()
