@@ -111,7 +111,7 @@ shown() {   # the command as a person would type it
 # reap: wait a moment, take in what has ended, say how things stand every few seconds
 reap() {
     local pid status
-    sleep 0.3
+    sleep 0.3 9>&-
     for pid in "${!NAME_OF[@]}"; do
         kill -0 "$pid" 2>/dev/null && continue
         wait "$pid"; status=$?
@@ -209,7 +209,7 @@ setup
 if [ "$DRY" = 0 ]; then
     mkdir -p "$EXP"
     exec 9>"$EXP/lock"
-    flock -n 9 || die "$EXP: another run_all.sh is at work there"
+    flock -w 1 9 || die "$EXP: another run_all.sh is at work there"
     set -m                       # every job leads a process group, so that all its descendants can be ended
     trap stop INT TERM
 fi

@@ -12,6 +12,7 @@ import data
 from data import InputError, write_json
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -216,7 +217,7 @@ def sum_over_ranks(tensors):
 
 # ---------------------------------------------------------------- the run's folder
 
-HERE_ONLY = {"out", "cache", "device", "micro_batch", "git", "versions", "name"}  # may differ on resume
+HERE_ONLY = {"out", "cache", "device", "micro_batch"}  # may differ when a run goes on
 
 
 def git_commit():
@@ -228,23 +229,38 @@ def git_commit():
         return None
 
 
-def open_folder(args):
-    """Write config.json, or check that the folder holds this very run. True if it is finished already."""
+def alone_in(out):
+    """A lock on the run's folder, waited for: after a killed sweep its orphans may still be training there."""
+    if dist_rank() > 0:
+        return None
+    (out / "state").mkdir(parents=True, exist_ok=True)
+    lock = open(out / "state" / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{out}: another process trains there, waiting for it", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def check_folder(args):
+    """True if the run is finished. Raises InputError, naming the flag, if the folder holds another run."""
     out = Path(args.out)
-    config = {**vars(args), "name": out.name, "git": git_commit(), "versions": evaluate.versions()}
     if (out / "config.json").exists():
         try:
             old = json.loads((out / "config.json").read_text())
         except ValueError:
             raise InputError(f"{out / 'config.json'}: not JSON; remove the folder or choose another --out") from None
-        for key in config:
-            if key not in HERE_ONLY and old.get(key) != config[key]:
-                raise InputError(f"{out} holds a run with --{key.replace('_', '-')} {old.get(key)}, not {config[key]}: "
+        for key, value in vars(args).items():
+            if key not in HERE_ONLY and old.get(key) != value:
+                raise InputError(f"{out} holds a run with --{key.replace('_', '-')} {old.get(key)}, not {value}: "
                                  "choose another --out, or remove that folder")
-    elif dist_rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", config)
-    return (out / "training.json").exists()
+    if not (out / "training.json").exists():
+        return False
+    if dist_rank() == 0:
+        shutil.rmtree(out / "state", ignore_errors=True)
+        print(f"{out}: finished already")
+    return True
 
 
 def save_state(path, modules, optimizer, progress):
@@ -344,8 +360,7 @@ def main(argv=None):
     # data first: a wrong folder should not wait for a 7B model
     train_split = data.read_split(args.dataset, args.data, "train")
     val_split = data.read_split(args.dataset, args.data, "val")
-    if open_folder(args):
-        print(f"{out}: finished already")
+    if check_folder(args):
         return
     encoder = evaluate.load_encoder(args.encoder, args.modality, args.device)
     train_features = data.load_features(train_split, encoder, args.cache, args.modality)
@@ -374,6 +389,14 @@ def main(argv=None):
     prompt, slots = backbone.prompt(args.prompt, args.tokens if args.fusion == "concat" else 0)
     slots = None if slots is None else torch.tensor(slots, device=backbone.device)
     P = len(prompt)
+
+    # the folder is touched only now: whatever was wrong with the flags has been said
+    lock = alone_in(out)  # held until this process ends
+    if lock and check_folder(args):
+        return
+    if rank == 0 and not (out / "config.json").exists():
+        write_json(out / "config.json", {**vars(args), "name": out.name, "git": git_commit(),
+                                         "versions": evaluate.versions()})
 
     # training captions: their tokens, their trunk states, their CLAP embeddings
     first = [0]

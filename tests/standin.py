@@ -1,14 +1,14 @@
-"""Writes the stand-in world: data sets in their released layouts and the three models, trained here in minutes.
+"""Writes the stand-in world: data sets in their released layouts and three models, trained here.
 
-    python tests/standin.py --out tiny                        # tiny/data/{audiocaps,clotho,av,qa}, tiny/models/...
-    python tests/standin.py --out real --also CLOTHO_FOLDER   # the stand-ins also learn from recordings of yours
-    python tests/standin.py --out smoke --smoke               # the same files in seconds, models that know little
+    python tests/standin.py --out tiny                   # tiny/data/{audiocaps,clotho,av,qa}, tiny/models
+    python tests/standin.py --out real --also CLOTHO_DIR # the stand-ins also learn from your recordings
+    python tests/standin.py --out smoke --smoke          # the same files in seconds, models that know little
 
 Sounds, pictures and videos are synthesised from a small grammar of events, the captions are written from the
-same events. The language model reads captions but never hears a clip; CLAP learns clips and captions as pairs.
+same events. The language model reads captions but never hears a clip; CLAP learns clips with captions.
 The figures that each model reached are printed and kept in OUT/standin.json, which is written last.
 
-Shapes: B clips, T text positions, S mel frames, M mel bands, P width of CLAP's shared space.
+Shapes: B clips, S mel frames, M mel bands.
 """
 import argparse
 import csv
@@ -35,14 +35,14 @@ from scipy.io import wavfile
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import (
-    CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, ClapConfig, ClapFeatureExtractor, ClapModel,
+    CLIPImageProcessorPil, CLIPVisionConfig, ClapConfig, ClapFeatureExtractor, ClapModel,
     ClapProcessor, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
     PreTrainedTokenizerFast, TimesformerConfig, TimesformerModel, VideoMAEImageProcessorPil)
 
 RATE, WINDOW = 16000, 4  # samples a second; seconds that CLAP hears at once
 PIXELS, PATCH, FRAMES = 32, 8, 8  # side of an image and of a patch; video frames that TimeSformer sees
 FULL = dict(audiocaps=(1600, 160, 320), clotho=(400, 80, 120), av=(400, 80, 120), qa=(1500, 500), pairs=1600,
-            questions=8000, texts=6000, clap_steps=600, vision_steps=80, llava_steps=600, video_steps=220)
+            questions=8000, texts=6000, clap_steps=600, vision_steps=60, llava_steps=420, video_steps=200)
 SMOKE = dict(audiocaps=(96, 24, 32), clotho=(16, 8, 8), av=(16, 8, 8), qa=(40, 40), pairs=32,
              questions=200, texts=200, clap_steps=6, vision_steps=6, llava_steps=6, video_steps=6)
 
@@ -53,7 +53,8 @@ WORDS = {
     "dog": (["a dog", "a puppy"], [("barks", "barking"), ("yaps", "yapping")], ["bark", "yap"]),
     "bell": (["a bell", "a church bell"], [("rings", "ringing"), ("tolls", "tolling")], ["ring", "chime"]),
     "bird": (["a bird", "a songbird"], [("chirps", "chirping"), ("sings", "singing")], ["chirp", "song"]),
-    "clock": (["a clock", "a watch"], [("ticks", "ticking"), ("ticks away", "ticking away")], ["tick", "ticking"]),
+    "clock": (["a clock", "a watch"], [("ticks", "ticking"), ("ticks away", "ticking away")],
+              ["tick", "ticking"]),
     "steps": (["a person", "someone"], [("walks", "walking"), ("steps along", "stepping along")],
               ["footsteps", "steps"]),
     "drip": (["water", "a tap"], [("drips", "dripping"), ("drops", "dropping")], ["drip", "drops"]),
@@ -68,8 +69,10 @@ WORDS = {
                 ["whistling", "shrill"]),
 }
 ADVERBS = {"loud": ["loudly", "very loudly"], "soft": ["softly", "quietly"], "near": ["nearby", "up close"],
-           "far": ["in the distance", "far away"], "fast": ["quickly", "rapidly"], "slow": ["slowly", "at a slow pace"]}
-ADJECTIVES = {"loud": "loud", "soft": "soft", "near": "close", "far": "distant", "fast": "rapid", "slow": "slow"}
+           "far": ["in the distance", "far away"], "fast": ["quickly", "rapidly"],
+           "slow": ["slowly", "at a slow pace"]}
+ADJECTIVES = {"loud": "loud", "soft": "soft", "near": "close", "far": "distant",
+              "fast": "rapid", "slow": "slow"}
 GAIN = {"loud": 3.0, "soft": .2, "near": 1.6, "far": .4}
 SPEED = {"fast": 2.2, "slow": .5}
 PERIOD = {"dog": .6, "bell": 1., "bird": .45, "clock": .5, "steps": .55, "drip": .7, "drum": .5, "horn": .9}
@@ -94,20 +97,24 @@ def strike(kind, rng):
     detune = rng.uniform(.9, 1.1)
     if kind == "dog":
         t = seconds_of(.2)
-        return (saw(detune * (650 * t - 900 * t ** 2)) + .5 * noise_band(rng, len(t), 400, 2500)) * np.sin(np.pi * t / .2) ** .7
+        voice = saw(detune * (650 * t - 900 * t ** 2)) + .5 * noise_band(rng, len(t), 400, 2500)
+        return voice * np.sin(np.pi * t / .2) ** .7
     if kind == "bell":
         t = seconds_of(.95)
         partials = ((880, 1, 3), (2112, .6, 5), (3520, .4, 8), (1056, .5, 4))
         return sum(a * np.sin(2 * np.pi * detune * f * t) * np.exp(-d * t) for f, a, d in partials)
     if kind == "bird":
         t = seconds_of(.16)
-        return np.sin(2 * np.pi * detune * (3200 * t + 60 * np.sin(2 * np.pi * 22 * t))) * np.sin(np.pi * t / .16)
+        trill = 3200 * t + 60 * np.sin(2 * np.pi * 22 * t)
+        return np.sin(2 * np.pi * detune * trill) * np.sin(np.pi * t / .16)
     if kind == "clock":
         t = seconds_of(.03)
-        return np.sin(2 * np.pi * 4500 * detune * t) * np.exp(-200 * t) + .3 * rng.normal(size=len(t)) * np.exp(-300 * t)
+        click = .3 * rng.normal(size=len(t)) * np.exp(-300 * t)
+        return np.sin(2 * np.pi * 4500 * detune * t) * np.exp(-200 * t) + click
     if kind == "steps":
         t = seconds_of(.14)
-        return noise_band(rng, len(t), 150, 900) * np.exp(-30 * t) + .4 * noise_band(rng, len(t), 2000, 5000) * (t > .06)
+        heel = noise_band(rng, len(t), 150, 900) * np.exp(-30 * t)
+        return heel + .4 * noise_band(rng, len(t), 2000, 5000) * (t > .06)
     if kind == "drip":
         t = seconds_of(.12)
         return np.sin(2 * np.pi * detune * (900 * t + 5000 * t ** 2)) * np.exp(-35 * t)
@@ -135,7 +142,8 @@ def steady(kind, rng, duration):
         return saw(230 * detune * t + wobble) * (1 + .3 * np.sin(2 * np.pi * 31 * t))
     if kind == "wind":
         return noise_band(rng, len(t), 120, 700) * (1.2 + slow_wave)
-    return np.sin(2 * np.pi * 2300 * detune * t + 3 * np.sin(2 * np.pi * 6 * t)) + .1 * rng.normal(size=len(t))
+    vibrato = 3 * np.sin(2 * np.pi * 6 * t)
+    return np.sin(2 * np.pi * 2300 * detune * t + vibrato) + .1 * rng.normal(size=len(t))
 
 
 def sound(event, rng, duration):
@@ -172,14 +180,15 @@ def render(spec, rng, duration):
     wave = rng.normal(size=samples) * 1e-4  # the microphone's own hiss
     if layout in ("static", "noisy"):
         wave += rng.normal(size=samples) * .04
-    in_turn = events[:-1] if layout in ("turns over", "over") else events if layout in ("one", "turns", "noisy") else ()
+    background = layout in ("turns over", "over")
+    in_turn = events[:-1] if background else () if layout == "both" else events
     if in_turn:
         edges = np.linspace(0, duration, len(in_turn) + 1)
         edges[1:-1] += rng.uniform(-.12, .12, len(in_turn) - 1) * duration / len(in_turn)
         for event, start, end in zip(in_turn, edges, edges[1:]):
             part = sound(event, rng, end - start)
             wave[int(start * RATE):][:len(part)] += part[:samples - int(start * RATE)]
-    if layout in ("turns over", "over"):
+    if background:
         wave += .3 * sound(events[-1], rng, duration)
     if layout == "both":
         wave += sum(sound(event, rng, duration) for event in events)
@@ -188,10 +197,12 @@ def render(spec, rng, duration):
 
 # ---------------------------------------------------------------- captions
 
-ALONE = ["{c} and nothing else is heard", "the only sound is {n}", "here we can hear {n}", "this is the sound of {n}",
+ALONE = ["{c} and nothing else is heard", "the only sound is {n}", "here we can hear {n}",
+         "this is the sound of {n}",
          "{c} and there is no other sound", "one can hear {n} on its own", "nothing is heard but {n}"]
 TEMPLATES = {  # {c0} a clause, {n0} a noun phrase of event 0
-    "turns": ["{c0} followed by {n1}", "{c0} then {c1}", "{c0} and then {c1}", "first {c0} then {c1}", "{c1} after {n0}",
+    "turns": ["{c0} followed by {n1}", "{c0} then {c1}", "{c0} and then {c1}", "first {c0} then {c1}",
+              "{c1} after {n0}",
               "{c0} and after that {c1}", "{n0} followed by {n1}", "{n0} and then {n1}"],
     "both": ["{c0} while {c1}", "{c0} as {c1}", "{n0} and {n1} at the same time", "{c1} while {c0}",
              "{n0} together with {n1}", "{c0} and at the same time {c1}"],
@@ -199,15 +210,20 @@ TEMPLATES = {  # {c0} a clause, {n0} a noun phrase of event 0
              "in the background {c1} while {c0}", "{n0} with {n1} in the background"],
     "noisy": ["{c0} in heavy static noise", "{n0} and loud static noise", "static noise hisses while {c0}",
               "{c0} behind a lot of static", "{n0} is heard through static noise"],
-    "turns3": ["{c0} followed by {n1} and then {n2}", "{c0} then {c1} and finally {c2}", "first {c0} then {c1} then {c2}",
+    "turns3": ["{c0} followed by {n1} and then {n2}", "{c0} then {c1} and finally {c2}",
+               "first {c0} then {c1} then {c2}",
                "{n0} then {n1} and at last {n2}", "{c0} and then {c1} followed by {n2}"],
     "turns over": ["{c0} then {c1} with {n2} in the background", "{n0} followed by {n1} over {n2}",
                    "in the background {c2} while {c0} then {c1}", "{c0} and then {c1} while {c2}",
                    "{n0} and then {n1} with {n2} in the background"],
-    "silence": ["there is nothing to hear but silence", "it is silent and no sound is heard", "complete silence with no sound",
-                "no sound can be heard at all", "a long silence without any sound", "silence and not a single sound"],
-    "static": ["static noise and no other sound", "there is only loud static noise", "noise hisses like an empty radio",
-               "a steady hiss of static noise", "nothing but static noise is heard", "a radio hisses with static noise"],
+    "silence": ["there is nothing to hear but silence", "it is silent and no sound is heard",
+                "complete silence with no sound",
+                "no sound can be heard at all", "a long silence without any sound",
+                "silence and not a single sound"],
+    "static": ["static noise and no other sound", "there is only loud static noise",
+               "noise hisses like an empty radio",
+               "a steady hiss of static noise", "nothing but static noise is heard",
+               "a radio hisses with static noise"],
 }
 
 
@@ -233,7 +249,8 @@ def draw_events(rng, number, plain):
 
 def draw_scene(rng):
     """An AudioCaps-like scene: two thirds hold two events; some are silent or noisy."""
-    layout = rng.choice(["one", "turns", "both", "over", "noisy", "silence", "static"], p=[.26, .36, .16, .12, .04, .03, .03])
+    layout = rng.choice(["one", "turns", "both", "over", "noisy", "silence", "static"],
+                        p=[.26, .36, .16, .12, .04, .03, .03])
     events = draw_events(rng, {"one": 1, "noisy": 1, "silence": 0, "static": 0}.get(layout, 2), .5)
     if layout == "over":  # what is in the background has no other attribute
         events = (events[0], (events[1][0], ""))
@@ -261,14 +278,16 @@ def mention(event, rng, clause):
 
 
 def fill(template, events, rng):
-    slots = {f"{form}{i}": mention(event, rng, form == "c") for i, event in enumerate(events) for form in "cn"}
+    slots = {f"{form}{i}": mention(event, rng, form == "c")
+             for i, event in enumerate(events) for form in "cn"}
     return template.format(c=slots.get("c0"), n=slots.get("n0"), **slots)
 
 
 def caption(spec, rng):
     """One caption of a scene, 5 to 16 words."""
     layout, events = spec
-    templates = ALONE if layout == "one" else TEMPLATES["turns3" if layout == "turns" and len(events) == 3 else layout]
+    in_three = layout == "turns" and len(events) == 3
+    templates = ALONE if layout == "one" else TEMPLATES["turns3" if in_three else layout]
     while True:
         text = fill(pick(rng, templates), events, rng)
         if 5 <= len(text.split()) <= 16:
@@ -293,8 +312,8 @@ SHAPES = ["circle", "square", "triangle", "cross"]
 CELLS = ["top left", "top right", "bottom left", "bottom right"]
 NUMBERS = ["one", "two", "three", "four"]
 HEADINGS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-QUESTIONS = {"colour": "What color is the shape?", "shape": "What shape is shown?", "count": "How many shapes are there?",
-             "position": "Where is the shape?", "yes/no": None}
+QUESTIONS = {"colour": "What color is the shape?", "shape": "What shape is shown?",
+             "count": "How many shapes are there?", "position": "Where is the shape?", "yes/no": None}
 
 
 def draw_shape(canvas, shape, colour, x, y, r):
@@ -370,15 +389,16 @@ def clip_caption(spec, rng):
     shape, colour, heading, event = spec
     way = heading if heading in ("up", "down") else pick(rng, [heading, f"to the {heading}"])
     seen = f"a {colour} {shape} {pick(rng, ['moves', 'slides', 'glides'])} {way}"
-    template = pick(rng, ["{seen} while {c0}", "{c0} as {seen}", "{seen} and {c0}", "{seen} with the sound of {n0}",
-                          "{n0} is heard as {seen}"])
+    template = pick(rng, ["{seen} while {c0}", "{c0} as {seen}", "{seen} and {c0}",
+                          "{seen} with the sound of {n0}", "{n0} is heard as {seen}"])
     return fill(template.replace("{seen}", seen), [event], rng)
 
 
 def write_video(path, frames, wave):
     """An mp4 of 8 frames a second with a soundtrack."""
     with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=8, options={"crf": "12", "preset": "ultrafast", "threads": "1"})
+        options = {"crf": "12", "preset": "ultrafast", "threads": "1"}
+        video = container.add_stream("libx264", rate=8, options=options)
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         sound_track = container.add_stream("aac", rate=RATE, layout="mono", options={"aac_coder": "fast"})
         for picture in frames:
@@ -421,7 +441,8 @@ def audiocaps_clip(job):
     spec, youtube_id, start = draw_scene(rng), "".join(rng.choice(letters, 11)), int(rng.integers(0, 300))
     wave = render(spec, rng, WINDOW)
     write_wav(folder / "audio" / pick(rng, [f"Y{youtube_id}.wav", f"{youtube_id}_{start}.wav"]), wave)
-    return spec, mel_of(wave), [(youtube_id, start, text) for text in paraphrases(caption, spec, rng, captions)]
+    texts = paraphrases(caption, spec, rng, captions)
+    return spec, mel_of(wave), [(youtube_id, start, text) for text in texts]
 
 
 def write_audiocaps(folder, sizes, seed):
@@ -457,7 +478,8 @@ def write_clotho(folder, sizes, seed):
     for number, (split, size) in enumerate(zip(("development", "validation", "evaluation"), sizes)):
         (folder / split).mkdir(parents=True)
         jobs = [(folder / split / f"scene_{i:04d}.wav", [seed, 2, number, i]) for i in range(size)]
-        write_csv(folder / f"clotho_captions_{split}.csv", ["file_name"] + [f"caption_{i}" for i in range(1, 6)],
+        header = ["file_name"] + [f"caption_{i}" for i in range(1, 6)]
+        write_csv(folder / f"clotho_captions_{split}.csv", header,
                   in_parallel(clotho_clip, jobs, f"clotho {split}"))
 
 
@@ -474,7 +496,8 @@ def write_av(folder, sizes, seed):
     (folder / "videos").mkdir(parents=True)
     for number, (split, size) in enumerate(zip(("train", "val", "test"), sizes)):
         captions = 1 if split == "train" else 5
-        jobs = [(folder / "videos" / f"{split}_{i:04d}.mp4", captions, [seed, 3, number, i]) for i in range(size)]
+        jobs = [(folder / "videos" / f"{split}_{i:04d}.mp4", captions, [seed, 3, number, i])
+                for i in range(size)]
         clips = in_parallel(av_clip, jobs, f"av {split}")
         write_csv(folder / f"{split}.csv", ["file_name"] + [f"caption_{i + 1}" for i in range(captions)],
                   [row for _, row in clips])
@@ -499,20 +522,22 @@ def write_qa(folder, sizes, rng):
 
 
 def read_also(folder, split):
-    """A folder in Clotho's layout: [(mel, captions)], all of the longest clip's length. Raises data.InputError."""
+    """A folder in Clotho's layout: [(mel, captions)], equally long. Raises data.InputError."""
     path = folder / f"clotho_captions_{split}.csv"
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError) as error:
-        raise data.InputError(f"{path}: cannot be read ({error}); --also needs a folder in Clotho's layout") from None
+        raise data.InputError(f"{path}: cannot be read ({error}); "
+                              "--also needs a folder in Clotho's layout") from None
     names = [f"caption_{i}" for i in range(1, 6)]
     if not rows or not {"file_name", *names} <= rows[0].keys():
         raise data.InputError(f"{path}: needs rows under the columns file_name, {', '.join(names)}")
     waves = [data.decode_audio(folder / split / row["file_name"], RATE)[:30 * RATE]
              for row in tqdm(rows, desc=f"{folder.name}/{split}", unit="clip")]
     longest = max(WINDOW * RATE, *map(len, waves))
-    return [(mel_of(np.resize(wave, longest)), [row[name] for name in names]) for wave, row in zip(waves, rows)]
+    return [(mel_of(np.resize(wave, longest)), [row[name] for name in names])
+            for wave, row in zip(waves, rows)]
 
 
 # ---------------------------------------------------------------- training
@@ -558,27 +583,26 @@ FEATURES = ClapFeatureExtractor(feature_size=64, sampling_rate=RATE, hop_length=
 def clap_processor(texts):
     tokenizer = byte_level_bpe(texts, 1200, ["<s>", "<pad>", "</s>", "<unk>"], "<s> $A </s>")
     return ClapProcessor(
-        FEATURES, PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>",
-                                unk_token="<unk>", model_max_length=512))
+        FEATURES, PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>",
+                                          eos_token="</s>", unk_token="<unk>", model_max_length=512))
 
 
 def clap_model(processor, seed):
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer
-    config = ClapConfig(
-        projection_dim=64, initializer_factor=3.0,
-        text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
-            max_position_embeddings=514, hidden_dropout_prob=0., attention_probs_dropout_prob=0., initializer_factor=3.0,
-            bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id),
-        audio_config=dict(
-            spec_size=128, patch_size=16, patch_stride=[16, 16], num_mel_bins=64, depths=[2], num_attention_heads=[4],
-            patch_embeds_hidden_size=64, hidden_size=64, window_size=4, hidden_dropout_prob=0., initializer_factor=3.0))
+    text = dict(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                intermediate_size=128, max_position_embeddings=514, initializer_factor=3.0,
+                hidden_dropout_prob=0., attention_probs_dropout_prob=0., bos_token_id=tokenizer.bos_token_id,
+                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    audio = dict(spec_size=128, patch_size=16, patch_stride=[16, 16], num_mel_bins=64, depths=[2],
+                 num_attention_heads=[4], patch_embeds_hidden_size=64, hidden_size=64, window_size=4,
+                 hidden_dropout_prob=0., initializer_factor=3.0)
+    config = ClapConfig(projection_dim=64, initializer_factor=3.0, text_config=text, audio_config=audio)
     return ClapModel(config)
 
 
 def stretched(mels):
-    """Mels (B, S, M) at the 256 frames to which CLAP would stretch every batch anew: done once, training is faster."""
+    """Mels (B, S, M) at the 256 frames to which CLAP would otherwise stretch every batch anew."""
     return F.interpolate(mels[:, None], (256, mels.shape[2]), mode="bicubic", align_corners=True)[:, 0]
 
 
@@ -588,7 +612,7 @@ def add_power(a, b):
 
 
 def augment(mels, rng):
-    """Recordings (B, S', M) as new ones (B, S, M): another window, loudness, noise; bands and moments left out."""
+    """Recordings (B, S', M) as new ones (B, S, M): other window, loudness, noise; parts left out."""
     (B, S, M), frames = mels.shape, WINDOW * RATE // FEATURES.hop_length + 1
     noise = rng.normal(size=(1, 1, M)).cumsum(-1)  # a random colour
     out = torch.empty(B, frames, M)
@@ -608,15 +632,15 @@ def augment(mels, rng):
 def train_clap(sizes, seed, clips, also, texts):
     """CLAP on clips [(spec, mel)], captioned anew at every step, and on recordings [(mel, captions)].
 
-    Beside the contrastive loss a linear head names the events (and is dropped), as HTS-AT knew AudioSet's classes."""
+    Beside the contrastive loss a linear head, dropped later, names the events, as HTS-AT knew AudioSet's."""
     rng = np.random.default_rng([seed, 10])
     processor = clap_processor(texts)
     model = clap_model(processor, seed)
     specs, mels = zip(*clips)
     mels = stretched(torch.from_numpy(np.stack(mels)))
     names = sorted(WORDS) + sorted(ADVERBS) + ["both", "noisy", "over", "silence", "static", "turns"]
-    present = torch.tensor([[float(name == layout or any(name in event for event in events)) for name in names]
-                            for layout, events in specs])
+    present = torch.tensor([[name == layout or any(name in event for event in events) for name in names]
+                            for layout, events in specs]).float()
     head = torch.nn.Linear(model.config.audio_config.hidden_size, len(names))
     if also:
         recorded, recorded_captions = zip(*also)
@@ -635,10 +659,11 @@ def train_clap(sizes, seed, clips, also, texts):
         # clips that mean the same are no negatives of one another: the same scene, or a caption in common
         same = torch.tensor([[bool(a & b) for b in meanings] for a in meanings]).float()
         target = same / same.sum(1, keepdim=True)
-        out = model(input_features=sounds[:, None], **processor.tokenizer(words, padding=True, return_tensors="pt"))
+        tokens = processor.tokenizer(words, padding=True, return_tensors="pt")
+        out = model(input_features=sounds[:, None], **tokens)
         named = head(out.audio_model_output.pooler_output[:len(batch)])
-        return (F.cross_entropy(out.logits_per_audio, target) / 2 + F.cross_entropy(out.logits_per_text, target) / 2
-                + 5 * F.binary_cross_entropy_with_logits(named, present[batch]))
+        matched = F.cross_entropy(out.logits_per_audio, target) + F.cross_entropy(out.logits_per_text, target)
+        return (matched / 2 + 5 * F.binary_cross_entropy_with_logits(named, present[batch]))
 
     model.train()
     train("clap", [*model.parameters(), *head.parameters()], sizes["clap_steps"], 4e-3, loss_of_batch)
@@ -651,7 +676,8 @@ def similarity(model, processor, mels, texts):
     """Cosines (clips, texts) of the first WINDOW seconds of the clips."""
     window = torch.from_numpy(np.stack(mels))[:, None, :WINDOW * RATE // FEATURES.hop_length + 1]
     audio = model.get_audio_features(window).pooler_output
-    text = model.get_text_features(**processor.tokenizer(texts, padding=True, return_tensors="pt")).pooler_output
+    tokens = processor.tokenizer(texts, padding=True, return_tensors="pt")
+    text = model.get_text_features(**tokens).pooler_output
     return audio @ text.T
 
 
@@ -663,9 +689,10 @@ def recall(scores):
 
 # ---------------------------------------------------------------- LLaVA: sees, reads, cannot hear
 
-CHAT_TEMPLATE = (  # LLaVA-1.5's format; the content of a message is a string, or parts of which images come first
+CHAT_TEMPLATE = (  # LLaVA-1.5's format; a message is a string, or parts of which images come first
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ 'ASSISTANT: ' }}{% elif message['role'] == 'user' %}{{ 'USER: ' }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ 'ASSISTANT: ' }}"
+    "{% elif message['role'] == 'user' %}{{ 'USER: ' }}{% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
@@ -686,9 +713,9 @@ def llava_processor(texts):
 
 def llava_model(tokenizer, seed):
     torch.manual_seed(seed)
-    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-                              image_size=PIXELS, patch_size=PATCH, projection_dim=64, initializer_range=.1,
-                              initializer_factor=3.0)
+    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+                              num_attention_heads=4, image_size=PIXELS, patch_size=PATCH, projection_dim=64,
+                              initializer_range=.1, initializer_factor=3.0)
     text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=8,
                        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
                        initializer_range=.06, bos_token_id=tokenizer.bos_token_id,
@@ -699,7 +726,7 @@ def llava_model(tokenizer, seed):
 
 
 def teach_to_see(model, pixels, facts, steps, rng):
-    """The vision tower learns what is in each corner, from the very layer that LLaVA reads; heads are dropped."""
+    """The vision tower learns what is in each corner, in the layer that LLaVA reads; its head is dropped."""
     tower = model.model.vision_tower
     there = torch.tensor([[float(c in f["cells"]) for c in range(4)] for f in facts])
     shape = torch.tensor([SHAPES.index(f["shape"]) for f in facts])
@@ -709,7 +736,7 @@ def teach_to_see(model, pixels, facts, steps, rng):
     def loss_of_batch():
         batch = torch.from_numpy(rng.integers(0, len(facts), 128))
         states = tower(pixels[batch], output_hidden_states=True).hidden_states[-2][:, 1:]  # (B, 16, 64)
-        corners = states.reshape(-1, 2, 2, 2, 2, 64).mean((2, 4)).reshape(-1, 4, 64)  # patches 2 x 2 to a corner
+        corners = states.reshape(-1, 2, 2, 2, 2, 64).mean((2, 4)).reshape(-1, 4, 64)  # 2 x 2 patches each
         out = head(corners)
         seen = there[batch] > 0
         which = seen.nonzero()[:, 0]
@@ -729,7 +756,7 @@ def chat(processor, question, answer=None):
 
 
 def train_llava(sizes, seed, sound_texts, video_texts, texts):
-    """LLaVA on image questions, image captions and sound-free text. `sound_texts` is a list of equal shares."""
+    """LLaVA on image questions, image captions and sound-free text; `sound_texts`: lists, equally often."""
     rng = np.random.default_rng([seed, 20])
     processor = llava_processor(texts)
     model = llava_model(processor.tokenizer, seed)
@@ -743,7 +770,8 @@ def train_llava(sizes, seed, sound_texts, video_texts, texts):
 
     pool = {"qa": list(zip(questions, answers)),
             "picture": [("Describe the image.", picture_caption(f)) for f in facts]}
-    pool = {name: [("<image>\n" + question, answer) for question, answer in items] for name, items in pool.items()}
+    pool = {name: [("<image>\n" + question, answer) for question, answer in items]
+            for name, items in pool.items()}
     pool["video"] = [("Describe the video.", text) for text in video_texts]
     for number, share in enumerate(sound_texts):
         pool[f"sound{number}"] = [("Describe the sound.", text) for text in share]
@@ -756,7 +784,8 @@ def train_llava(sizes, seed, sound_texts, video_texts, texts):
 
     encoded = {name: [encode(*item) for item in tqdm(items, desc=f"tokens: {name}", unit="text")]
                for name, items in pool.items()}
-    share = {"qa": 28, "picture": 4, "video": 4, **{f"sound{i}": 12 // len(sound_texts) for i in range(len(sound_texts))}}
+    share = {"qa": 28, "picture": 4, "video": 4}  # of a batch
+    share |= {name: 12 // len(sound_texts) for name in pool if name.startswith("sound")}
 
     def loss_of_batch():
         rows, seen = [], []
@@ -799,7 +828,8 @@ def train_timesformer(sizes, seed, test):
     """TimeSformer on shape, colour and direction through linear heads, which are dropped."""
     rng = np.random.default_rng([seed, 30])
     torch.manual_seed(seed)
-    processor = VideoMAEImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS})
+    processor = VideoMAEImageProcessorPil(size={"shortest_edge": PIXELS},
+                                          crop_size={"height": PIXELS, "width": PIXELS})
     model = TimesformerModel(TimesformerConfig(
         image_size=PIXELS, patch_size=PATCH, num_frames=FRAMES, hidden_size=64, num_hidden_layers=2,
         num_attention_heads=4, intermediate_size=128, initializer_range=.1))
@@ -858,8 +888,8 @@ def build(folder, sizes, seed, also_folder):
     figures = {}
     clap, processor = train_clap(sizes, seed, pairs, also, texts)
     held_out = (clips["val"] + clips["test"])[:200]
-    figures["clap recall@1"], figures["clap recall@5"] = recall(
-        similarity(clap, processor, [mel for _, mel, _ in held_out], [captions[0] for *_, captions in held_out]))
+    scores = similarity(clap, processor, [mel for _, mel, _ in held_out], [c[0] for *_, c in held_out])
+    figures["clap recall@1"], figures["clap recall@5"] = recall(scores)
     if also:
         known = sorted(set(recorded_texts))
         nearest = similarity(clap, processor, [mel for mel, _ in unseen], known).argmax(1).tolist()
@@ -870,7 +900,8 @@ def build(folder, sizes, seed, also_folder):
     model, processor = train_llava(sizes, seed, [scenes, recorded_texts] if also else [scenes], clip_texts,
                                    texts + questions * 2 + ["Describe the sound.", "Describe the video."])
     by_kind = answer_questions(model, processor, asked)
-    figures |= {"qa mean": float(np.mean(list(by_kind.values())))} | {f"qa {k}": v for k, v in by_kind.items()}
+    figures["qa mean"] = float(np.mean(list(by_kind.values())))
+    figures |= {f"qa {kind}": value for kind, value in by_kind.items()}
     save(folder / "models" / "llava", model, processor)
 
     model, processor, by_class = train_timesformer(sizes, seed, test_videos)
@@ -886,8 +917,8 @@ def save(folder, model, processor):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; a finished one is left as it is")
-    parser.add_argument("--also", type=Path, help="folder in Clotho's layout: learn from its development split too")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; a finished one is kept")
+    parser.add_argument("--also", type=Path, help="folder in Clotho's layout to learn from too")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw")
     parser.add_argument("--smoke", action="store_true", help="a small world and a few steps, in seconds")
     return parser.parse_args()
@@ -901,12 +932,13 @@ def main():
         found = json.loads(report.read_text())
         differing = [name for name in asked if found["args"][name] != asked[name]]
         if differing:
-            raise data.InputError(f"{args.out}: was built with another --{differing[0]}; remove it or choose another --out")
+            raise data.InputError(f"{args.out}: was built with another --{differing[0]}; "
+                                  "remove it or choose another --out")
     else:
         if args.out.exists() and any(args.out.iterdir()):
             raise data.InputError(f"{args.out}: exists and is no stand-in world; choose another --out")
         start = time.time()
-        building = args.out.with_name(args.out.name + ".building")  # a killed build leaves nothing half in OUT
+        building = args.out.with_name(args.out.name + ".building")  # nothing half in OUT, ever
         shutil.rmtree(building, ignore_errors=True)
         figures = build(building, SMOKE if args.smoke else FULL, args.seed, args.also)
         found = {"args": asked, "seconds": round(time.time() - start), "figures": figures}
