@@ -70,14 +70,15 @@ class Backbone:
                                                   add_generation_prompt=True).rstrip()
 
     def prompt(self, text, placeholders=0):
-        """Token ids of a text-only prompt, and the positions of its placeholders: after the first token."""
-        ids = self.tokenizer(self.chat(text)).input_ids
-        at = int(ids[0] == self.tokenizer.bos_token_id)
-        return (ids[:at] + [self.placeholder] * placeholders + ids[at:],
-                list(range(at, at + placeholders)) if placeholders else None)
+        """Token ids of a prompt without an image, and the positions of its placeholders: where an image would be."""
+        if not placeholders:
+            return self.tokenizer(self.chat(text)).input_ids, None
+        ids = self.tokenizer(self.chat(text, image=True)).input_ids
+        at = ids.index(self.llava.config.image_token_id)
+        return (ids[:at] + [self.placeholder] * placeholders + ids[at + 1:], list(range(at, at + placeholders)))
 
     def caption_ids(self, text, caption):
-        """Token ids of a caption as the answer to a prompt, the end token included."""
+        """Token ids of a caption as the answer to a prompt, the end token included; the same after placeholders."""
         prompt, whole = (self.tokenizer(t).input_ids for t in (self.chat(text), f"{self.chat(text)} {caption}"))
         if whole[:len(prompt)] != prompt:
             raise InputError(f"{self.path}: its tokenizer joins the prompt {text!r} and the caption {caption[:40]!r}")
@@ -442,9 +443,9 @@ class Probe:
             self.batches.append((batch, ends))
 
     def with_placeholders(self, batch, n):
-        """The batch with n placeholders after each row's first real token, and where they are, (B, n)."""
+        """The batch with n placeholders before each row's image, and where they are, (B, n)."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        at = mask.argmax(1) + 1
+        at = (ids == self.backbone.llava.config.image_token_id).int().argmax(1)
         rows = [torch.cat([r[:a], r.new_full((n,), self.backbone.placeholder), r[a:]]) for r, a in zip(ids, at)]
         ones = mask.new_ones(len(ids), n)
         marks = [torch.cat([m[:a], o, m[a:]]) for m, a, o in zip(mask, at, ones)]

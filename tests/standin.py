@@ -41,8 +41,8 @@ from transformers import (
 
 RATE, WINDOW = 16000, 4  # samples a second; seconds that CLAP hears at once
 PIXELS, PATCH, FRAMES = 32, 8, 8  # side of an image and of a patch; video frames that TimeSformer sees
-FULL = dict(audiocaps=(1600, 160, 320), clotho=(400, 80, 120), av=(400, 80, 120), qa=(1500, 500), pairs=1600,
-            questions=8000, texts=6000, clap_steps=600, vision_steps=60, llava_steps=420, video_steps=200)
+FULL = dict(audiocaps=(1600, 160, 320), clotho=(400, 80, 120), av=(400, 80, 120), qa=(1500, 500), pairs=1200,
+            questions=6000, texts=6000, clap_steps=430, vision_steps=60, llava_steps=330, video_steps=250)
 SMOKE = dict(audiocaps=(96, 24, 32), clotho=(16, 8, 8), av=(16, 8, 8), qa=(40, 40), pairs=32,
              questions=200, texts=200, clap_steps=6, vision_steps=6, llava_steps=6, video_steps=6)
 
@@ -231,6 +231,17 @@ def pick(rng, items):
     return items[rng.integers(len(items))]
 
 
+def usual(rng, items):
+    """As people choose words: the first most often, the k-th 1/k^2 as often."""
+    weights = [1 / k ** 2 for k in range(1, len(items) + 1)]
+    rest = rng.random() * sum(weights)
+    for item, weight in zip(items, weights):
+        rest -= weight
+        if rest < 0:
+            return item
+    return items[0]
+
+
 def draw_event(rng, plain):
     """(kind, attribute); `plain` is the chance of no attribute."""
     kind = pick(rng, sorted(WORDS))
@@ -259,22 +270,21 @@ def draw_scene(rng):
 
 def draw_long_scene(rng):
     """A Clotho-like scene: three events, in turns or two over a third."""
-    layout = pick(rng, ["turns", "turns over"])
-    events = draw_events(rng, 3, .75)
-    return layout, events[:2] + ((events[2][0], ""),) if layout == "turns over" else events
+    first, second, third = draw_events(rng, 3, .5)  # one attribute at most: more would not fit in a caption
+    return pick(rng, ["turns", "turns over"]), (first, (second[0], ""), (third[0], ""))
 
 
 def mention(event, rng, clause):
     """One event in words: a clause ("a dog barks loudly") or a noun phrase ("the loud bark of a dog")."""
     kind, attribute = event
     subjects, verbs, nouns = WORDS[kind]
-    subject, (present, gerund) = pick(rng, subjects), pick(rng, verbs)
-    adverb = " " + pick(rng, ADVERBS[attribute]) if attribute else ""
+    subject, (present, gerund) = usual(rng, subjects), usual(rng, verbs)
+    adverb = " " + usual(rng, ADVERBS[attribute]) if attribute else ""
     if clause:
-        return f"{subject} {pick(rng, [present, 'is ' + gerund])}{adverb}"
+        return f"{subject} {usual(rng, [present, 'is ' + gerund])}{adverb}"
     if rng.random() < .5:
         return f"{subject} {gerund}{adverb}"
-    return f"the {ADJECTIVES[attribute] + ' ' if attribute else ''}{pick(rng, nouns)} of {subject}"
+    return f"the {ADJECTIVES[attribute] + ' ' if attribute else ''}{usual(rng, nouns)} of {subject}"
 
 
 def fill(template, events, rng):
@@ -284,13 +294,13 @@ def fill(template, events, rng):
 
 
 def caption(spec, rng):
-    """One caption of a scene, 5 to 16 words."""
+    """One caption of a scene, 5 to 20 words."""
     layout, events = spec
     in_three = layout == "turns" and len(events) == 3
     templates = ALONE if layout == "one" else TEMPLATES["turns3" if in_three else layout]
     while True:
-        text = fill(pick(rng, templates), events, rng)
-        if 5 <= len(text.split()) <= 16:
+        text = fill(usual(rng, templates), events, rng)
+        if 5 <= len(text.split()) <= 20:
             return text
 
 
@@ -314,6 +324,10 @@ NUMBERS = ["one", "two", "three", "four"]
 HEADINGS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 QUESTIONS = {"colour": "What color is the shape?", "shape": "What shape is shown?",
              "count": "How many shapes are there?", "position": "Where is the shape?", "yes/no": None}
+YES = {"Is there more than one shape?": lambda facts: facts["count"] != "one",
+       "Is the shape round?": lambda facts: facts["shape"] == "circle",
+       "Is the shape red?": lambda facts: facts["colour"] == "red",
+       "Is there a shape in the top left?": lambda facts: 0 in facts["cells"]}
 
 
 def draw_shape(canvas, shape, colour, x, y, r):
@@ -339,28 +353,25 @@ def draw_picture(rng, number):
     for cell in cells:
         x, y = 16 * (cell % 2) + rng.uniform(7, 8.5), 16 * (cell // 2) + rng.uniform(7, 8.5)
         draw_shape(canvas, shape, colour, x, y, rng.uniform(5, 6.5))
-    return image, dict(shape=shape, colour=colour, cells=cells, count=NUMBERS[number - 1])
+    return image, dict(shape=shape, colour=colour, cells=cells, position=CELLS[cells[0]],
+                       count=NUMBERS[number - 1])
 
 
 def draw_question(rng, kind):
     """(image, facts, question, answer) of one kind of question."""
-    number = 1 if kind == "position" else int(rng.integers(1, 5))
-    image, facts = draw_picture(rng, number)
-    if kind == "position":
-        return image, facts, QUESTIONS[kind], CELLS[facts["cells"][0]]
     if kind != "yes/no":
+        image, facts = draw_picture(rng, 1 if kind == "position" else int(rng.integers(1, 5)))
         return image, facts, QUESTIONS[kind], facts[kind]
-    asked = pick(rng, ["colour", "shape"])
-    yes = bool(rng.random() < .5)
-    choices = {"colour": sorted(COLOURS), "shape": SHAPES}[asked]
-    value = facts[asked] if yes else pick(rng, [c for c in choices if c != facts[asked]])
-    words = {"colour": "Is it {}?", "shape": "Is it a {}?"}[asked]
-    return image, facts, words.format(value), "yes" if yes else "no"
+    question, wanted = pick(rng, sorted(YES)), bool(rng.random() < .5)
+    while True:  # yes and no equally often
+        image, facts = draw_picture(rng, int(rng.integers(1, 5)))
+        if YES[question](facts) == wanted:
+            return image, facts, question, "yes" if wanted else "no"
 
 
 def picture_caption(facts):
     if facts["count"] == "one":
-        return f"a {facts['colour']} {facts['shape']} in the {CELLS[facts['cells'][0]]}"
+        return f"a {facts['colour']} {facts['shape']} in the {facts['position']}"
     return f"{facts['count']} {facts['colour']} {facts['shape']}{'es' if facts['shape'] == 'cross' else 's'}"
 
 
@@ -373,7 +384,7 @@ def draw_frames(spec, rng, number):
     """The frames of a shape that crosses a 64 x 64 picture: (number, 64, 64, 3) uint8."""
     shape, colour, heading, _ = spec
     dx, dy = HEADINGS[heading]
-    across, size, travel = rng.uniform(-12, 12), rng.uniform(9, 12), rng.uniform(14, 20)
+    across, size, travel = rng.uniform(-12, 12), rng.uniform(12, 15), rng.uniform(12, 17)
     background = tuple(rng.integers(0, 50, 3).tolist())
     frames = []
     for step in np.linspace(-1, 1, number) * travel:
@@ -760,7 +771,7 @@ def train_llava(sizes, seed, sound_texts, video_texts, texts):
     rng = np.random.default_rng([seed, 20])
     processor = llava_processor(texts)
     model = llava_model(processor.tokenizer, seed)
-    kinds = [*QUESTIONS] + ["yes/no"] * 5  # the others are learned in a fraction of the steps
+    kinds = [*QUESTIONS] + ["yes/no"] * 3  # the others are learned in fewer steps
     drawn = [draw_question(rng, kinds[i % len(kinds)])
              for i in tqdm(range(sizes["questions"]), desc="pictures", unit="picture")]
     images, facts, questions, answers = zip(*drawn)
@@ -893,8 +904,10 @@ def build(folder, sizes, seed, also_folder):
     if also:
         known = sorted(set(recorded_texts))
         nearest = similarity(clap, processor, [mel for mel, _ in unseen], known).argmax(1).tolist()
-        figures["clap also: nearest known caption is right"] = float(np.mean(
-            [known[i] in captions for i, (_, captions) in zip(nearest, unseen)]))
+        # right: a caption of some known clip that has a caption in common with this one
+        right = [any(known[i] in texts and set(texts) & set(captions) for _, texts in also)
+                 for i, (_, captions) in zip(nearest, unseen)]
+        figures["clap also: nearest known caption is right"] = float(np.mean(right))
     save(folder / "models" / "clap", clap, processor)
 
     model, processor = train_llava(sizes, seed, [scenes, recorded_texts] if also else [scenes], clip_texts,

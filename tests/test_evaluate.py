@@ -167,8 +167,10 @@ def test_prompt_and_caption_tokens(listener):
     assert ids[-1] == backbone.eos and backbone.text(ids) == "a dog barks, \"twice\" \U0001f600"
     plain, none = backbone.prompt("Describe the sound.")
     slotted, slots = backbone.prompt("Describe the sound.", 8)
-    assert none is None and len(slots) == 8
-    assert [t for k, t in enumerate(slotted) if k not in slots] == plain
+    pictured = backbone.tokenizer(backbone.chat("Describe the sound.", image=True)).input_ids
+    assert none is None and len(slots) == 8 and plain == backbone.tokenizer(text).input_ids
+    assert [t for k, t in enumerate(slotted) if k not in slots] == [
+        t for t in pictured if t != backbone.llava.config.image_token_id]
     assert all(slotted[k] == backbone.placeholder for k in slots)
 
 
