@@ -57,8 +57,8 @@ class Backbone:
         self.tokenizer = self.processor.tokenizer
         self.decoder = self.llava.model.language_model
         self.eos, self.pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        # concat's placeholders: an ordinary word, because a pad token's embedding may be zero
-        self.placeholder = self.tokenizer(" sound", add_special_tokens=False).input_ids[-1]
+        # concat's placeholders mean nothing by themselves: a word repeated sixteen times derails a small decoder
+        self.placeholder = self.pad
 
     def autocast(self):
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
@@ -350,7 +350,7 @@ def open_run(run, device=None):
     if not (home / "training.json").exists():
         raise InputError(f"{home}: its training has not finished; start the same train.py command again")
     backbone = load_backbone(config["llava"], device or default_device())
-    return config, backbone, fusions.load(run, backbone.decoder).to(backbone.device).eval()
+    return config, backbone, fusions.load(run, backbone.decoder).to(backbone.device).eval().requires_grad_(False)
 
 
 def run_features(config, split_name, device, dataset=None, folder=None):

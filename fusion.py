@@ -354,7 +354,9 @@ class Concat(Fusion):
             raise FusionError(f"concat needs slots= of shape {tuple(tokens.shape[:2])}: the positions of the "
                               f"prompt's placeholders; got {None if slots is None else tuple(slots.shape)}")
         index = slots[..., None].expand_as(tokens)                       # (B, N, D)
-        tokens = self.size[str(layer)] * loudness(h.gather(1, index)) * tokens
+        # as large as the position before them, not as the placeholders, whose own states may be nearly zero
+        before = (slots[:, :1] - 1).clamp(min=0)[..., None].expand(-1, -1, h.shape[-1])   # (B, 1, D)
+        tokens = self.size[str(layer)] * loudness(h.gather(1, before)) * tokens
         return h.scatter(1, index, tokens.to(h.dtype))
 
 
