@@ -318,7 +318,8 @@ class Unfreeze(CrossAttention):
 
     def adopt(self, decoder):
         first = len(decoder.layers) - UNFREEZE_BLOCKS
-        self.top = nn.ModuleDict({str(i): copy.deepcopy(decoder.layers[i]).requires_grad_(True)
+        # in float32, as all that is trained: small steps would be lost in bfloat16. Autocast computes as before
+        self.top = nn.ModuleDict({str(i): copy.deepcopy(decoder.layers[i]).float().requires_grad_(True)
                                   for i in range(first, len(decoder.layers))})
         return self
 

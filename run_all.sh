@@ -31,7 +31,7 @@ tiny)
     AUDIOCAPS=$WORLD/data/audiocaps; QA=$WORLD/data/qa/test.json
     LLAVA=$WORLD/models/llava; CLAP=$WORLD/models/clap
     LAYERS="3 6"; TOKENS=16; HIDDEN=512
-    TRAIN="--batch-size 32 --steps 400 --eval-every 100"
+    TRAIN="--batch-size 32 --steps 320 --eval-every 80"
     declare -A RATES=(           # of 3e-3 and 6e-3, the better on validation for each system: README, "Tuning"
         [additive]="--lr 6e-3 --lr-adapter 6e-3" [cross_attention]="--lr 3e-3 --lr-adapter 3e-3"
         [concat]="--lr 3e-3 --lr-adapter 3e-3" [unfreeze]="--lr 3e-3 --lr-adapter 3e-3"
@@ -71,7 +71,7 @@ setup() {
         python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "$(python3 --version) is too old: 3.11 or newer"
         log "set-up: .venv from requirements.txt, 1 to 5 minutes (more where torch brings its CUDA packages)"
         python3 -m venv .venv || die "python3 -m venv failed: on Debian, apt-get install python3-venv"
-        .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt || die "pip could not install requirements.txt, see above"
+        .venv/bin/python -m pip install -q --no-compile --disable-pip-version-check -r requirements.txt || die "pip could not install requirements.txt, see above"
         cp requirements.txt .venv/ready
         PYTHON=$PWD/.venv/bin/python
         log "set-up: done"
@@ -82,6 +82,7 @@ setup() {
 declare -A NAME_OF=() SLOT_OF=()
 declare -a FREE=() FAILED=()
 DONE=0 SKIPPED=0 LAST_LINE=0
+THREADS=$(( CORES > JOBS ? CORES / JOBS : 1 ))
 for ((i = 0; i < JOBS; i++)); do FREE+=("$i"); done
 GPU_LIST=($GPUS)
 
@@ -97,7 +98,7 @@ job() {
     (
         trap - INT TERM
         [ -n "$GPUS" ] && export CUDA_VISIBLE_DEVICES=${GPU_LIST[$((slot % ${#GPU_LIST[@]}))]}
-        [ -z "$GPUS" ] && export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$(( CORES > JOBS ? CORES / JOBS : 1 ))
+        [ -z "$GPUS" ] && export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$THREADS
         exec 9>&-
         eval "$LAUNCH $(printf '%q ' "$@")"
     ) >>"$folder/run.log" 2>&1 </dev/null &
@@ -173,9 +174,11 @@ evaluate() {
 }
 
 phase_0() {   # do the parts work? a closed gate is no gate; a small set can be learned; a few seconds to a minute
+    local THREADS=$CORES   # one job at a time
     train sanity/overfit --fusion additive --layers $LAYERS --tokens $TOKENS --hidden $HIDDEN \
         --dataset audiocaps --data "$AUDIOCAPS" $OVERFIT ${RATES[additive]:-} --seed 0
     drain
+    THREADS=$(( CORES > 1 ? CORES / 2 : 1 ))
     evaluate caption result.json sanity sanity/overfit -- --split val --beams 1
     evaluate retention retention.json sanity sanity/overfit -- --qa "$QA" --limit "$PROBE"
     drain
@@ -185,8 +188,8 @@ phase_0() {   # do the parts work? a closed gate is no gate; a small set can be 
 
 phase_1() {   # AudioCaps: five systems, all seeds, XE + contrastive; then the test split and the retention probe
     local seed system runs=()
-    for seed in $SEEDS; do
-        for system in additive cross_attention concat unfreeze data_only; do
+    for system in additive concat unfreeze cross_attention data_only; do
+        for seed in $SEEDS; do
             runs+=("core/${system}_s$seed")
             train "core/${system}_s$seed" --fusion "$system" --layers $LAYERS --tokens $TOKENS --hidden $HIDDEN \
                 --contrastive 0.1 --dataset audiocaps --data "$AUDIOCAPS" $TRAIN ${RATES[$system]:-} --seed "$seed"

@@ -391,8 +391,10 @@ def main(argv=None):
     P = len(prompt)
 
     # the folder is touched only now: whatever was wrong with the flags has been said
-    lock = alone_in(out)  # held until this process ends
-    if lock and check_folder(args):
+    lock = alone_in(out)  # noqa: F841  held until this process ends
+    if world > 1:
+        dist.barrier()
+    if check_folder(args):  # by the process that was waited for
         return
     if rank == 0 and not (out / "config.json").exists():
         write_json(out / "config.json", {**vars(args), "name": out.name, "git": git_commit(),

@@ -177,6 +177,28 @@ def test_padded_frames_change_nothing(llama):
             assert torch.allclose(fusion.tokens(frames, mask), fusion.tokens(longer, longer_mask), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", list(fusions.SYSTEMS))
+def test_bfloat16_backbone_under_autocast(kind):
+    """How a GPU trains: frozen bfloat16 weights, float32 adapters, autocast."""
+    llama = language_model("llama").bfloat16()
+    decoder, (ids, frames, mask, slots) = decoder_of(llama), inputs()
+    fusion = make(kind, decoder)
+    assert all(p.dtype == torch.float32 for p in fusion.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        with fusion.attach(decoder, frames, mask, slots):
+            trunk, head = fusions.split(decoder, 2)
+            with torch.no_grad():
+                states = trunk(ids, use_cache=False).last_hidden_state
+            llama.lm_head(head(inputs_embeds=states, use_cache=False).last_hidden_state).float().square().mean().backward()
+            rows = llama.generate(ids, max_new_tokens=3, num_beams=2, eos_token_id=None)
+        assert rows.shape == (3, 15) and sum(p.grad is not None for p in fusion.parameters()) > 5
+        if kind in ("additive", "cross_attention"):
+            before = llama(ids).logits
+            fusion.set_gates(0.0)
+            with fusion.attach(decoder, frames, mask):
+                assert torch.equal(llama(ids).logits, before)
+
+
 def test_two_modalities_at_once(llama):
     decoder, (ids, frames, mask, _) = decoder_of(llama), inputs()
     audio, video = make("additive", decoder), make("additive", decoder, seed=5, modality="video")
