@@ -110,13 +110,18 @@ def table_retention(runs):
 
 # ---------------------------------------------------------------- figures
 
-def start_figure(width=6.4, height=3.8):
+def start_figure(width=7.2, height=3.6):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                          "grid.alpha": 0.25, "pdf.fonttype": 42, "figure.constrained_layout.use": True})
     return plt.subplots(figsize=(width, height))
+
+
+def legend_beside(ax):
+    """Outside the axes, where it hides no line."""
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
 
 
 def save_figure(figure, folder, name):
@@ -141,7 +146,7 @@ def figure_curves(runs, metric):
                 ax.plot(*zip(*points), color=colour, marker=marker, ms=4, ls=style, lw=1.2,
                         label=label if k == 0 else None)
     ax.set(xlabel="XE step", ylabel=f"validation {METRICS[metric]}")
-    ax.legend(frameon=False)
+    legend_beside(ax)
     return figure
 
 
@@ -158,7 +163,7 @@ def figure_gates(runs):
                         label=f"{label}, layer {key[5:]}" if k == 0 else None)
     ax.axhline(0, color="black", lw=0.6)
     ax.set(xlabel="XE step", ylabel="gate")
-    ax.legend(frameon=False, fontsize=7)
+    legend_beside(ax)
     return figure
 
 
@@ -173,12 +178,16 @@ def figure_pareto(runs, metric):
         ax.scatter(x, y, color=colour, marker=marker, s=36, label=label, zorder=3)
         means.append((np.mean(x), np.mean(y)))
     best, frontier = -np.inf, []
-    for x, y in sorted(means):
+    for x, y in sorted(means, key=lambda point: (round(point[0], -3), -point[1])):  # budgets match but for a few
         if y > best:
             best, frontier = y, frontier + [(x, y)]
     ax.plot(*zip(*frontier), color="black", lw=0.8, alpha=0.5, label="frontier of the means")
     ax.set(xscale="log", xlabel="trainable parameters", ylabel=f"test {METRICS[metric]}")
-    ax.legend(frameon=False)
+    from matplotlib.ticker import EngFormatter, LogLocator
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(EngFormatter())
+    ax.xaxis.set_minor_formatter("")
+    legend_beside(ax)
     return figure
 
 
