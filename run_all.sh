@@ -36,7 +36,7 @@ tiny)
         [additive]="--lr 6e-3 --lr-adapter 6e-3" [cross_attention]="--lr 3e-3 --lr-adapter 3e-3"
         [concat]="--lr 3e-3 --lr-adapter 3e-3" [unfreeze]="--lr 3e-3 --lr-adapter 3e-3"
         [data_only]="--lr 3e-3 --lr-adapter 3e-3")
-    OVERFIT="--limit 1000 --batch-size 32 --steps 100 --eval-every 25"
+    OVERFIT="--limit 1000 --batch-size 32 --steps 72 --eval-every 24"
     PROBE=200
     if [ "$SMOKE" = 1 ]; then
         TRAIN="--batch-size 16 --micro-batch 16 --steps 6 --eval-every 3"
@@ -180,7 +180,7 @@ phase_0() {   # do the parts work? a closed gate is no gate; a small set can be 
     drain
     THREADS=$(( CORES > 1 ? CORES / 2 : 1 ))
     evaluate caption result.json sanity sanity/overfit -- --split val --beams 1
-    evaluate retention retention.json sanity sanity/overfit -- --qa "$QA" --limit "$PROBE"
+    evaluate retention retention.json sanity sanity/overfit -- --qa "$QA" --limit $((PROBE / 2))
     drain
     job sanity/check "" "$PYTHON" evaluate.py check "$EXP/sanity/overfit" $([ "$SMOKE" = 1 ] && echo --exact-only)
     drain
