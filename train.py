@@ -69,8 +69,8 @@ def parse_args(argv=None):
     # validation and SCST
     p.add_argument("--eval-every", type=int, default=0, help="steps between validations, 0 = an epoch")
     p.add_argument("--patience", type=int, default=2, help="validations without a rise before XE stops")
-    p.add_argument("--scst", default="off", choices=["off", "auto", "now"],
-                   help="auto: at the plateau; now: from the best XE checkpoint that is there")
+    p.add_argument("--scst", default="off", choices=["off", "auto"],
+                   help="auto: self-critical training from the best XE checkpoint, once XE has stopped rising")
     p.add_argument("--scst-steps", type=int, default=500, help="at most so many SCST steps")
     p.add_argument("--scst-samples", type=int, default=5, help="K, samples a clip")
     p.add_argument("--scst-lr", type=float, default=1e-5, help="learning rate of SCST")
@@ -415,9 +415,6 @@ def main(argv=None):
     state_file = out / "state" / "state.safetensors"
     progress = {"stage": "xe", "step": 0, "best": None, "best_step": 0, "since_best": 0, "seconds": 0.0,
                 "log_lines": 0, "validated": -1, "stages": {}}
-    if args.scst == "now" and not state_file.exists():
-        if not (out / "fusion.safetensors").exists():
-            raise InputError(f"--scst now: {out} has no XE checkpoint; train with --scst auto, or off first")
     if state_file.exists():
         progress = read_progress(state_file)
     optimizer = optimizer_for(fusion, contrast, args, args.scst_lr if progress["stage"] == "scst" else None)
