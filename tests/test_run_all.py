@@ -111,7 +111,9 @@ def stubbed(tmp_path):
     def start(**env):
         return subprocess.Popen(["bash", "run_all.sh"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                 text=True, env={**os.environ, "VENV": str(tmp_path), "SEEDS": "0 1", "EXP": "exp",
-                                                **env})
+                                                **env},
+                                # what a shell started in the background ignores, no trap can get back
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     start.folder = tmp_path
     return start
 
