@@ -353,10 +353,10 @@ def open_run(run, device=None):
     return config, backbone, fusions.load(run, backbone.decoder).to(backbone.device).eval().requires_grad_(False)
 
 
-def run_features(config, split_name, device, dataset=None, folder=None):
+def run_features(config, split_name, device):
     """(split, features, encoder) that a run listens to."""
     encoder = load_encoder(config["encoder"], config["modality"], device)
-    split = data.read_split(dataset or config["dataset"], folder or config["data"], split_name)
+    split = data.read_split(config["dataset"], config["data"], split_name)
     return split, data.load_features(split, encoder, config["cache"], config["modality"]), encoder
 
 

@@ -81,7 +81,7 @@ setup() {
 # ------------------------------------------------------------------ the pool: JOBS side by side, failures remembered
 declare -A NAME_OF=() SLOT_OF=()
 declare -a FREE=() FAILED=()
-DONE=0 SKIPPED=0 LAST_LINE=0
+DONE=0 LAST_LINE=0
 THREADS=$(( CORES > JOBS ? CORES / JOBS : 1 ))
 for ((i = 0; i < JOBS; i++)); do FREE+=("$i"); done
 GPU_LIST=($GPUS)
@@ -89,7 +89,7 @@ GPU_LIST=($GPUS)
 # job NAME MARKER command...: start it when a slot is free, unless MARKER, which a finished job leaves, is there
 job() {
     local name=$1 marker=$2 slot folder; shift 2
-    if [ -e "$marker" ]; then SKIPPED=$((SKIPPED + 1)); [ "$DRY" = 1 ] && echo "# $name: done"; return; fi
+    if [ -e "$marker" ]; then [ "$DRY" = 1 ] && echo "# $name: done"; return; fi
     if [ "$DRY" = 1 ]; then echo "$(shown "$@")   # $name"; return; fi
     while [ ${#FREE[@]} -eq 0 ]; do reap; done
     slot=${FREE[0]}; FREE=("${FREE[@]:1}")
