@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 
 SCALE=${SCALE:-tiny}             # tiny: the stand-in world, made here; full: released models and data
 SMOKE=${SMOKE:-0}                # 1: every phase in seconds, in a folder of its own
-PHASES=${PHASES:-"0 1"}          # which phases, in order
+PHASES=${PHASES:-"0 1 2 3 4"}    # which phases, in order; 5 is the appendix
 SEEDS=${SEEDS:-"0 1"}            # of every system
 CORES=$(nproc 2>/dev/null || echo 2)
 GPUS=${GPUS:-}                   # free list, e.g. "0 1", or "0 0 1" for two jobs on GPU 0; empty: CPU
@@ -28,25 +28,35 @@ die() { echo "error: $*" >&2; exit 2; }
 case $SCALE in
 tiny)
     WORLD=$NAME                  # made by tests/standin.py on first use, about 4 minutes
-    AUDIOCAPS=$WORLD/data/audiocaps; QA=$WORLD/data/qa/test.json
+    AUDIOCAPS=$WORLD/data/audiocaps; CLOTHO=$WORLD/data/clotho; QA=$WORLD/data/qa/test.json
     LLAVA=$WORLD/models/llava; CLAP=$WORLD/models/clap
+    AV=$WORLD/data/av; TIMESFORMER=$WORLD/models/timesformer
     LAYERS="3 6"; TOKENS=16; HIDDEN=512
-    TRAIN="--batch-size 32 --steps 320 --eval-every 80"
+    TRAIN="--batch-size 32 --steps 400 --eval-every 100"
+    SCST="--scst auto --scst-lr 5e-4 --scst-temperature 0.5 --scst-steps 40"
+    TRAIN_CLOTHO="--batch-size 32 --steps 160 --eval-every 40"
+    SHORT="--batch-size 32 --steps 160 --eval-every 40"
     declare -A RATES=(           # of 3e-3 and 6e-3, the better on validation for each system: README, "Tuning"
         [additive]="--lr 6e-3 --lr-adapter 6e-3" [cross_attention]="--lr 3e-3 --lr-adapter 3e-3"
         [concat]="--lr 3e-3 --lr-adapter 3e-3" [unfreeze]="--lr 3e-3 --lr-adapter 3e-3"
         [data_only]="--lr 3e-3 --lr-adapter 3e-3")
     OVERFIT="--limit 1000 --batch-size 32 --steps 72 --eval-every 24"
     PROBE=200
+    # hundredths that video may cost the others; 0.5 is the study's, but a small model is easily distracted
+    TOLERANCE=${TOLERANCE:-$([ "$SMOKE" = 1 ] && echo 100 || echo 25)}
+    VIDEO="--batch-size 32 --steps 100 --eval-every 50 --lr 6e-3 --lr-adapter 6e-3"
     if [ "$SMOKE" = 1 ]; then
         TRAIN="--batch-size 16 --micro-batch 16 --steps 6 --eval-every 3"
+        SCST="--scst auto --scst-steps 2"; TRAIN_CLOTHO=$TRAIN; SHORT=$TRAIN
         OVERFIT="--limit 32 --batch-size 16 --micro-batch 16 --steps 30 --eval-every 15"
-        PROBE=20
+        PROBE=20; VIDEO="--batch-size 16 --micro-batch 16 --steps 6 --eval-every 3"
     fi ;;
 full)
-    AUDIOCAPS=${AUDIOCAPS:-data/audiocaps}; QA=${QA:-data/qa/test.json}
+    AUDIOCAPS=${AUDIOCAPS:-data/audiocaps}; CLOTHO=${CLOTHO:-data/clotho}; QA=${QA:-data/qa/test.json}
     LLAVA=${LLAVA:-llava-hf/llava-1.5-7b-hf}; CLAP=${CLAP:-laion/clap-htsat-unfused}
-    LAYERS="12 24"; TOKENS=16; HIDDEN=768; TRAIN=""; PROBE=1000
+    TOLERANCE=${TOLERANCE:-0.5}; AV=${AV:-data/av}; TIMESFORMER=${TIMESFORMER:-facebook/timesformer-base-finetuned-k400}
+    LAYERS="12 24"; TOKENS=16; HIDDEN=768; TRAIN=""; TRAIN_CLOTHO=""; VIDEO=""; SCST="--scst auto"; PROBE=1000
+    SHORT="--steps 500 --patience 1"
     declare -A RATES=()
     OVERFIT="--limit 1000 --batch-size 64 --steps 300 --eval-every 75" ;;
 *) die "SCALE=$SCALE: tiny or full" ;;
@@ -81,8 +91,8 @@ setup() {
 # ------------------------------------------------------------------ the pool: JOBS side by side, failures remembered
 declare -A NAME_OF=() SLOT_OF=()
 declare -a FREE=() FAILED=()
-DONE=0 LAST_LINE=0
-THREADS=$(( CORES > JOBS ? CORES / JOBS : 1 ))
+DONE=0 LAST_LINE=0 VERDICT=""
+THREADS=${THREADS:-$(( CORES > JOBS ? CORES / JOBS : 1 ))}   # of a job, on CPU
 for ((i = 0; i < JOBS; i++)); do FREE+=("$i"); done
 GPU_LIST=($GPUS)
 
@@ -124,8 +134,14 @@ reap() {
     done
     if [ $((SECONDS - LAST_LINE)) -ge 10 ] && [ ${#NAME_OF[@]} -gt 0 ]; then
         LAST_LINE=$SECONDS
-        log "phase $PHASE: $DONE done, ${#FAILED[@]} failed, running: ${NAME_OF[*]}"
+        log "phase $PHASE: $DONE of $TOTAL done, ${#FAILED[@]} failed$(time_left), running: ${NAME_OF[*]}"
     fi
+}
+
+time_left() {   # at the pace of this phase so far
+    [ "$DONE" -gt 0 ] || return
+    local left=$(( (SECONDS - PHASE_BEGAN) * (TOTAL - DONE) / DONE ))
+    printf ', about %d min %02d s left' $((left / 60)) $((left % 60))
 }
 
 # drain: until all have ended; with failures, show the end of their logs and leave with status 1
@@ -155,8 +171,8 @@ train() {
     local name=$1; shift
     local start=("$PYTHON" train.py)
     [ "$NPROC" -gt 1 ] && start=("$PYTHON" -m torch.distributed.run "--nproc-per-node=$NPROC" train.py)
-    job "$name" "$EXP/$name/training.json" "${start[@]}" "$@" --llava "$LLAVA" --encoder "$CLAP" \
-        --cache "$EXP/cache" --out "$EXP/$name"
+    [[ " $* " == *" --encoder "* ]] || set -- "$@" --encoder "$CLAP"
+    job "$name" "$EXP/$name/training.json" "${start[@]}" "$@" --llava "$LLAVA" --cache "$EXP/cache" --out "$EXP/$name"
 }
 # evaluate COMMAND MARKER GROUP RUN... -- flags: runs that lack MARKER, in JOBS groups, since a group pays once for
 # the imports, the backbone and METEOR's Java
@@ -186,19 +202,219 @@ phase_0() {   # do the parts work? a closed gate is no gate; a small set can be 
     drain
 }
 
-phase_1() {   # AudioCaps: five systems, all seeds, XE + contrastive; then the test split and the retention probe
-    local seed system runs=()
-    for system in additive concat unfreeze cross_attention data_only; do
+# system PHASE/NAME SYSTEM DATASET FOLDER flags...: a run with the settings of the core comparison
+system() {
+    local name=$1 system=$2 dataset=$3 folder=$4; shift 4
+    train "$name" --fusion "$system" --layers $LAYERS --tokens $TOKENS --hidden $HIDDEN --contrastive 0.1 \
+        --dataset "$dataset" --data "$folder" ${RATES[$system]:-} "$@"
+}
+
+phase_1() {   # AudioCaps: five systems, all seeds; additive goes on to SCST and is reranked; Clotho by the two
+    local seed system start runs=() additive=() clotho=()
+    for system in additive unfreeze concat cross_attention data_only; do
         for seed in $SEEDS; do
-            runs+=("core/${system}_s$seed")
-            train "core/${system}_s$seed" --fusion "$system" --layers $LAYERS --tokens $TOKENS --hidden $HIDDEN \
-                --contrastive 0.1 --dataset audiocaps --data "$AUDIOCAPS" $TRAIN ${RATES[$system]:-} --seed "$seed"
+            system "core/${system}_s$seed" $system audiocaps "$AUDIOCAPS" $TRAIN --seed "$seed" \
+                $([ $system = additive ] && echo "$SCST")
+            if [ $system = additive ]; then additive+=("core/additive_s$seed"); else runs+=("core/${system}_s$seed"); fi
         done
     done
+    if [[ " $PHASES " == *" 2 "* ]]; then   # beside what is still running, when it is known that additive learns
+        settle "$EXP/${additive[0]}/stable.json"
+        layer_sweep
+    fi
     drain
+    for system in additive cross_attention; do
+        for seed in $SEEDS; do
+            for start in "" $([ $system = additive ] && echo _init); do   # _init: from the AudioCaps checkpoint
+                system "clotho/$system${start}_s$seed" $system clotho "$CLOTHO" $TRAIN_CLOTHO --seed "$seed" \
+                    ${start:+--init "$EXP/core/${system}_s$seed"}
+                clotho+=("clotho/$system${start}_s$seed")
+            done
+        done
+    done
+    for seed in $SEEDS; do   # where self-critical training collapsed at once there is nothing to test
+        [ "$DRY" = 1 ] || [ -e "$EXP/core/additive_s$seed/scst/fusion.json" ] && additive+=("core/additive_s$seed/scst")
+    done
+    evaluate caption result.json core_reranked "${additive[@]}" -- --split test --beams 5 --rerank
     evaluate caption result.json core "${runs[@]}" -- --split test --beams 5
-    evaluate retention retention.json core "${runs[@]}" -- --qa "$QA" --limit "$PROBE"
+    evaluate retention retention.json core "${additive[@]}" "${runs[@]}" -- --qa "$QA" --limit "$PROBE"
     drain
+    evaluate caption result.json clotho "${clotho[@]}" -- --split test --beams 5
+    drain
+}
+
+# ablation SYSTEM LAYERS TOKENS HIDDEN CONTRASTIVE: named by its settings, so that what two tables need is trained once
+declare -A ABLATIONS=()
+ablation() {
+    local seed=${SEEDS%% *}
+    local name=ablation/$1_l${2// /-}_n$3_h$4_c$5_s$seed
+    [ -n "${ABLATIONS[$name]:-}" ] && return
+    ABLATIONS[$name]=1
+    train "$name" --fusion "$1" --layers $2 --tokens "$3" --hidden "$4" --contrastive "$5" --dataset audiocaps \
+        --data "$AUDIOCAPS" $SHORT ${RATES[$1]:-} --seed "$seed"
+}
+layer_sweep() {
+    local layers
+    for layers in $LAYERS "$LAYERS"; do ablation additive "$layers" $TOKENS $HIDDEN 0.1; done
+}
+
+phase_2() {   # what matters? layers; tokens and width on the best layers; losses on the best of all; the reranker there
+    local tokens hidden best layers
+    layer_sweep
+    drain
+    best=$(best_of "${!ABLATIONS[@]}")
+    layers=$(sed 's/.*_l\([0-9-]*\)_n.*/\1/; s/-/ /g' <<<"$best")
+    for tokens in 8 16; do
+        for hidden in 512 768; do ablation additive "$layers" $tokens $hidden 0.1; done
+    done
+    drain
+    best=$(best_of "${!ABLATIONS[@]}")
+    tokens=$(sed 's/.*_n\([0-9]*\)_.*/\1/' <<<"$best") hidden=$(sed 's/.*_h\([0-9]*\)_.*/\1/' <<<"$best")
+    ablation additive "$layers" $tokens $hidden 0
+    ablation cross_attention "$layers" $tokens $hidden 0.1
+    ablation cross_attention "$layers" $tokens $hidden 0
+    drain
+    evaluate caption result.json ablation_reranked "$best" -- --split test --beams 5 --rerank
+    evaluate caption result.json ablation $(printf '%s\n' "${!ABLATIONS[@]}" | grep -vx "$best" | sort) -- \
+        --split test --beams 5
+    drain
+}
+# best_of RUN...: the one with the highest score on validation, never on test
+best_of() {
+    "$PYTHON" -c '
+import json, sys
+
+def score(run):
+    try:
+        best = json.load(open(f"{sys.argv[1]}/{run}/training.json"))["best"]
+    except OSError:  # in a dry run
+        return 0
+    return best.get("val_spider", best["val_spider_lite"])
+
+print(max(sorted(sys.argv[2:]), key=score))' "$EXP" "$@"
+}
+
+# first RUN: the folder of its first-beam predictions, by which systems are compared, reranked or not
+first() { if [ -d "$EXP/$1/first_beam" ]; then echo "$EXP/$1/first_beam"; else echo "$EXP/$1"; fi; }
+# compare NAME A... vs B...: 10,000 paired resamples into statistics/NAME.json, the text table into the job's run.log
+compare() {
+    local name=$1; shift
+    job "statistics/$name" "" "$PYTHON" bootstrap.py compare "$@" --json "$EXP/statistics/$name.json"
+}
+# keep FOLDER FILE...: copies of those files that are there
+keep() {
+    local folder=$1 file; shift
+    mkdir -p "$folder"
+    for file in "$@"; do
+        [ ! -e "$file" ] || { cp "$file" "$folder/.part" && mv "$folder/.part" "$folder/${file##*/}"; } || exit 1
+    done
+}
+
+phase_4() {   # statistics, the folder to attach to a paper, the SCST checkpoints archived: under a minute
+    local seed system run name a=() b archive; archive=$(dirname "$EXP")/full_training/finetuned
+    for seed in $SEEDS; do a+=("$(first "core/additive_s$seed")"); done
+    for system in cross_attention concat unfreeze data_only; do   # which is the headline the report says, by validation
+        b=(); for seed in $SEEDS; do b+=("$(first "core/${system}_s$seed")"); done
+        compare "additive_vs_$system" "${a[@]}" vs "${b[@]}"
+    done
+    for seed in $SEEDS; do   # within a seed: these pairs share their XE checkpoint
+        run=core/additive_s$seed
+        [ ! -e "$EXP/$run/scst/predictions.json" ] ||
+            compare "additive_scst_vs_xe_s$seed" "$(first "$run/scst")" "$(first "$run")"
+        [ ! -d "$EXP/$run/first_beam" ] ||
+            compare "additive_reranked_vs_first_beam_s$seed" "$EXP/$run" "$EXP/$run/first_beam"
+    done
+    drain
+    [ "$DRY" = 1 ] && { echo "# then copies, into $EXP/export and $archive"; return; }
+    rm -rf "$EXP/export"
+    for run in "$EXP"/{core,clotho,video}/*/ "$EXP"/{core,clotho,video}/*/{scst,audio,video,shuffled}/; do
+        [ -e "${run}result.json" ] || continue
+        name=${run#"$EXP/"}; name=${name%/}; name=${name/#core\//audiocaps\/}
+        name=${name%%/*}/$(tr / _ <<<"${name#*/}")           # audiocaps/additive_s0_scst
+        keep "$EXP/export/$name" "$run"{predictions,run_card,result}.json
+        [ ! -d "${run}first_beam" ] || keep "$EXP/export/$name/first_beam" "${run}first_beam/predictions.json"
+    done
+    for seed in $SEEDS; do   # without result.json, so that `evaluate.py caption` works there; named by scale
+        run=$EXP/core/additive_s$seed; name=$archive/$(basename "$EXP")_additive_s$seed
+        [ -e "$run/scst/fusion.json" ] || { log "no SCST checkpoint in $run to archive"; continue; }
+        keep "$name" "$run"/{config.json,training.json,log.jsonl}
+        keep "$name/scst" "$run"/scst/{fusion.safetensors,fusion.json,run_card.json,reranker.json}
+        log "archived: $name/scst"
+    done
+}
+
+phase_5() {   # appendix: gates that start elsewhere, noise in the sound
+    local seed system value gates=() noisy=() first_seed; read -r first_seed _ <<<"$SEEDS"
+    for value in 0 0.01 0.2 1; do   # 0.05 is core's
+        gates+=("appendix/gate_${value}_s$first_seed")
+        train "${gates[-1]}" --fusion additive --layers $LAYERS --tokens $TOKENS --hidden $HIDDEN --gate-init "$value" \
+            --contrastive 0.1 --dataset audiocaps --data "$AUDIOCAPS" $TRAIN ${RATES[additive]:-} --seed "$first_seed"
+    done
+    for system in additive cross_attention concat; do
+        for seed in $SEEDS; do noisy+=("core/${system}_s$seed"); done
+    done
+    evaluate robustness robustness.json appendix "${noisy[@]}" -- --snr 20 10 5 0 -5 --noise white clip
+    drain
+    evaluate caption result.json appendix "${gates[@]}" -- --split test --beams 5
+    drain
+}
+
+phase_3() {   # what is kept: after SCST, and along the gates' penalty; then video beside sound
+    local seed=${SEEDS%% *} try run kept="" penalty=(0 1e-2 1) runs=() tries=()
+    local common=(--fusion additive --layers $LAYERS --tokens $TOKENS --hidden $HIDDEN --seed "${SEEDS%% *}")
+    local av=("${common[@]}" --dataset av --data "$AV" $VIDEO)
+    for try in 1 2 3; do   # the video branch, its gates' penalty raised tenfold while it costs too much
+        if [ -z "$kept" ]; then
+            run=video/both_try${try}_s$seed; tries+=("$EXP/$run")
+            train "$run" "${av[@]}" --modality video --encoder "$TIMESFORMER" --beside "$EXP/core/additive_s$seed" \
+                --gate-l2 "1e-$((5 - try))"
+        fi
+        # meanwhile: each modality alone, and the penalties of the sound's gates; 1e-4 is core's
+        [ $try = 1 ] && train "video/audio_s$seed" "${av[@]}" --modality audio
+        [ $try = 1 ] && train "video/video_s$seed" "${av[@]}" --modality video --encoder "$TIMESFORMER"
+        runs+=("retention/gate_l2_${penalty[try - 1]}_s$seed")
+        train "${runs[-1]}" "${common[@]}" --contrastive 0.1 --dataset audiocaps --data "$AUDIOCAPS" $TRAIN \
+            ${RATES[additive]:-} --gate-l2 "${penalty[try - 1]}"
+        [ -z "$kept" ] || continue
+        settle "$EXP/$run/training.json"
+        evaluate again audio_again.json "$run" "$run" --
+        evaluate retention retention.json "$run" "$run" -- --qa "$QA" --limit "$PROBE"
+        evaluate caption result.json "$run" "$run" --
+        settle "$EXP/$run/"{audio_again,retention,result}.json
+        decide "${tries[@]}" && kept=$run
+    done
+    drain
+    evaluate caption shuffled/result.json "$run" "$run" -- --hear audio video shuffled
+    evaluate caption result.json video {video/{audio,video},retention/gate_l2_{0,1e-2,1}}"_s$seed" --
+    for run in "$EXP"/core/additive_s*/scst/fusion.json; do   # what self-critical training forgot
+        [ -e "$run" ] && run=${run%/fusion.json} && runs+=("${run#"$EXP/"}")
+    done
+    evaluate retention retention.json retention "${runs[@]}" -- --qa "$QA" --limit "$PROBE"
+    drain
+    [ -n "$kept" ] || [ "$DRY" = 1 ] || {
+        VERDICT="after ${#tries[@]} tries video still costs more than $TOLERANCE hundredths: $EXP/phase3/decision.json"
+        log "phase 3: $VERDICT"
+    }
+}
+# settle FILE...: until the jobs at work have left them; a failed one ends the phase
+settle() {
+    local file
+    for file in "$@"; do
+        while [ ! -e "$file" ] && [ ${#NAME_OF[@]} -gt 0 ] && [ ${#FAILED[@]} -eq 0 ]; do reap; done
+        [ -e "$file" ] || drain
+    done
+}
+# decide RUN...: true if the last of these tries is within the tolerance
+decide() {
+    local status pid
+    local words=("$PYTHON" evaluate.py decide "$@" --tolerance "$TOLERANCE" --out "$EXP/phase3/decision.json")
+    if [ "$DRY" = 1 ]; then echo "$(shown "${words[@]}")   # exit status 3: once more"; return 1; fi
+    mkdir -p "$EXP/phase3"
+    "${words[@]}" 9>&- & pid=$!
+    NAME_OF[$pid]=decide; wait $pid; status=$?
+    unset "NAME_OF[$pid]"
+    [ $status -eq 0 ] || [ $status -eq 3 ] || { drain; exit 1; }
+    return $status
 }
 
 # ------------------------------------------------------------------ main
@@ -227,10 +443,12 @@ if [ "$SCALE" = tiny ]; then
 fi
 for PHASE in $PHASES; do
     declare -F "phase_$PHASE" >/dev/null || die "PHASES: there is no phase $PHASE"
-    [ "$DRY" = 1 ] && echo "# phase $PHASE" || log "phase $PHASE"
-    DONE=0
+    DONE=0 PHASE_BEGAN=$SECONDS
+    TOTAL=$(DRY=1; "phase_$PHASE" | grep -cv '^#')   # those that a dry run would print
+    if [ "$DRY" = 1 ]; then echo "# phase $PHASE: $TOTAL jobs"; else log "phase $PHASE: $TOTAL jobs"; fi
     "phase_$PHASE"
 done
 [ "$DRY" = 1 ] && exit 0
 "$PYTHON" plots.py "$EXP" || exit 1
 log "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: $EXP/REPORT.md"
+[ -z "$VERDICT" ] || { log "$VERDICT"; exit 1; }

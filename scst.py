@@ -30,35 +30,39 @@ class CiderD:
         if not corpus or not all(corpus):
             raise ValueError("CIDEr-D needs at least one clip, and a reference for each")
         self.end = f" {END}" if end else ""
-        self.frequency = Counter()
+        frequency = Counter()
         for references in corpus:
-            self.frequency.update({g for r in references for g in _ngrams(r + self.end)})
-        self.log_clips = math.log(len(corpus))
+            frequency.update({g for r in references for grams in _ngrams(r + self.end) for g in grams})
+        self.unseen = math.log(len(corpus))
+        self.rarity = {g: self.unseen - math.log(n) for g, n in frequency.items()}
         self._vectors = {}  # of references: each is met at every epoch, and by every sample of its clip
 
     def _vector(self, caption):
-        """tf-idf weights by n-gram, the norm for each n, and the number of bigrams (the length of the penalty)."""
-        counts = _ngrams(caption)
-        weights = {g: c * (self.log_clips - math.log(max(1, self.frequency[g]))) for g, c in counts.items()}
-        squares = [0.0] * 4
-        for gram, weight in weights.items():
-            squares[len(gram) - 1] += weight * weight
-        return weights, [math.sqrt(s) for s in squares], max(0, len(caption.split()) - 1)
+        """For each n the tf-idf weights by n-gram and their norm; the number of bigrams (the length of the penalty)."""
+        parts, grams = [], _ngrams(caption)
+        for some in grams:
+            weights = {}
+            for gram in some:
+                weights[gram] = weights.get(gram, 0.0) + self.rarity.get(gram, self.unseen)
+            parts.append((weights, math.hypot(*weights.values())))
+        return parts, len(grams[1])
 
     def score(self, hypothesis, references, ended=True):
         """CIDEr-D of one caption against its references, in [0, 10]. `ended`: did it stop by its own end token?"""
-        weights, norms, length = self._vector(hypothesis + (self.end if ended else ""))
+        parts, length = self._vector(hypothesis + (self.end if ended else ""))
         total = 0.0
         for reference in references:
             if reference not in self._vectors:
                 self._vectors[reference] = self._vector(reference + self.end)
-            ref_weights, ref_norms, ref_length = self._vectors[reference]
-            dots = [0.0] * 4
-            for gram, weight in weights.items():
-                other = ref_weights.get(gram)
-                if other is not None:
-                    dots[len(gram) - 1] += min(weight, other) * other
-            similarity = sum(d / (a * b) if a * b else d for d, a, b in zip(dots, norms, ref_norms))
+            ref_parts, ref_length = self._vectors[reference]
+            similarity = 0.0
+            for (weights, norm), (ref_weights, ref_norm) in zip(parts, ref_parts):
+                both = weights.keys() & ref_weights.keys()
+                if not both:
+                    break  # then no longer n-gram is shared either
+                # fsum: a set has another order in every process, an exact sum does not
+                dot = math.fsum(min(weights[g], ref_weights[g]) * ref_weights[g] for g in both)
+                similarity += dot / (norm * ref_norm) if norm * ref_norm else dot
             total += similarity * math.exp(-((length - ref_length) ** 2) / 72.0)   # 2 sigma^2
         return 10.0 * total / 4 / len(references)
 
@@ -74,8 +78,9 @@ def words(caption):
 
 
 def _ngrams(caption):
+    """A caption's n-grams for n = 1 to 4, single words as they are: no tuple, which would only cost time."""
     words = caption.split()
-    return Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+    return words, *(list(zip(*(words[i:] for i in range(n)))) for n in (2, 3, 4))
 
 
 def cider_d(hypotheses, references, end=False):

@@ -51,6 +51,8 @@ def parse_args(argv=None):
     p.add_argument("--llava", default="llava-hf/llava-1.5-7b-hf", help="frozen backbone: folder or hub name")
     p.add_argument("--encoder", default="laion/clap-htsat-unfused", help="frozen encoder: folder or hub name")
     p.add_argument("--init", default=None, metavar="RUN", help="start from the fusion of a finished run")
+    p.add_argument("--beside", default=None, metavar="RUN",
+                   help="a finished run of another modality, whose frozen fusion is attached too")
     p.add_argument("--limit", type=int, default=0, help="train on the first clips only, 0 = all")
     # where to
     p.add_argument("--out", required=True, help="the run's folder")
@@ -69,10 +71,14 @@ def parse_args(argv=None):
     # validation and SCST
     p.add_argument("--eval-every", type=int, default=0, help="steps between validations, 0 = an epoch")
     p.add_argument("--patience", type=int, default=2, help="validations without a rise before XE stops")
-    p.add_argument("--scst", default="off", choices=["off", "auto"],
-                   help="auto: self-critical training from the best XE checkpoint, once XE has stopped rising")
+    p.add_argument("--scst", default="off", choices=["off", "auto", "now"],
+                   help="self-critical training from the best XE checkpoint: once XE has stopped rising, or at once")
+    p.add_argument("--reward", default="cider_d", choices=["cider_d", "spider_lite"],
+                   help="what SCST raises: CIDEr-D, or its mean with spice_lite")
     p.add_argument("--scst-steps", type=int, default=500, help="at most so many SCST steps")
     p.add_argument("--scst-samples", type=int, default=5, help="K, samples a clip")
+    p.add_argument("--scst-temperature", type=float, default=1.0,
+                   help="of the policy that is sampled and trained; below 1 it is nearer to what greedy decoding says")
     p.add_argument("--scst-lr", type=float, default=1e-5, help="learning rate of SCST")
     # the machine
     p.add_argument("--seed", type=int, default=0, help="of initialisation, data order and samples")
@@ -86,10 +92,13 @@ def parse_args(argv=None):
         p.error("--scst-samples must be at least 2: a leave-one-out baseline needs another sample")
     if a.contrastive and a.modality != "audio":
         p.error("--contrastive compares with CLAP's text side: it needs --modality audio")
+    if a.beside and a.scst != "off":
+        p.error("--beside is for cross-entropy: it needs --scst off")
     a.micro_batch = min(a.micro_batch, a.batch_size)
     if a.batch_size % a.micro_batch:
         p.error(f"--batch-size {a.batch_size} must be a multiple of --micro-batch {a.micro_batch}")
-    a.prompt = evaluate.VIDEO_PROMPT if a.modality == "video" else evaluate.SOUND_PROMPT
+    # whoever learns from the same captions is asked the same
+    a.prompt = evaluate.VIDEO_PROMPT if "video" in a.modality or a.dataset == "av" else evaluate.SOUND_PROMPT
     a.cache = a.cache or str(Path(a.out).parent / "cache")
     return a
 
@@ -130,9 +139,10 @@ class TrunkStates:
     The prompt's states (P, D) are shared; each caption's (T, D) lie packed in memory, or in a memory-mapped file.
     """
 
-    def __init__(self, backbone, trunk, prompt, captions, folder):
+    def __init__(self, backbone, trunk, prompt, captions, asked, folder):
+        """asked: how many tokens of each caption still belong to its question, and are not learned."""
         D, dtype = backbone.decoder.config.hidden_size, backbone.llava.dtype
-        self.ids, self.prompt_length, self.device = captions, len(prompt), backbone.device
+        self.ids, self.asked, self.prompt_length, self.device = captions, asked, len(prompt), backbone.device
         self.start = [0]
         for ids in captions:
             self.start.append(self.start[-1] + len(ids))
@@ -163,7 +173,7 @@ class TrunkStates:
         for row, j in enumerate(which):
             n = len(self.ids[j])
             states[row, self.prompt_length:self.prompt_length + n] = self.states[self.start[j]:self.start[j + 1]]
-            targets[row, :n] = torch.tensor(self.ids[j])
+            targets[row, self.asked[j]:n] = torch.tensor(self.ids[j][self.asked[j]:])
         states = states.to(self.device, non_blocking=True)
         states[:, :self.prompt_length] = self.prompt_states
         return states, targets.to(self.device, non_blocking=True)
@@ -217,7 +227,8 @@ def sum_over_ranks(tensors):
 
 # ---------------------------------------------------------------- the run's folder
 
-HERE_ONLY = {"out", "cache", "device", "micro_batch"}  # may differ when a run goes on
+HERE_ONLY = {"out", "cache", "device"}  # may differ when a run goes on
+OF_SCST = {"scst", "scst_steps", "scst_samples", "scst_temperature", "scst_lr", "reward"}  # --scst now may choose
 
 
 def git_commit():
@@ -252,10 +263,14 @@ def check_folder(args):
         except ValueError:
             raise InputError(f"{out / 'config.json'}: not JSON; remove the folder or choose another --out") from None
         for key, value in vars(args).items():
-            if key not in HERE_ONLY and old.get(key) != value:
+            if key not in HERE_ONLY and old.get(key) != value and not (args.scst == "now" and key in OF_SCST):
                 raise InputError(f"{out} holds a run with --{key.replace('_', '-')} {old.get(key)}, not {value}: "
                                  "choose another --out, or remove that folder")
+    elif args.scst == "now":
+        raise InputError(f"{out}: --scst now goes on from an XE checkpoint, and there is no run")
     if not (out / "training.json").exists():
+        return False
+    if args.scst == "now" and "scst" not in json.loads((out / "training.json").read_text())["stages"]:
         return False
     if dist_rank() == 0:
         shutil.rmtree(out / "state", ignore_errors=True)
@@ -328,18 +343,29 @@ def cosine(step, steps, warmup):
     return (step + 1) / first if step < first else 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, steps - first)))
 
 
-def validate(backbone, fusion, split, frames, args):
-    """Greedy captions of the validation split, scored: {"val_...": value}, flat."""
+def validate(backbone, fusion, split, frames, args, beside, reranker=None):
+    """Greedy captions of the validation split, scored: {"val_...": value}, flat.
+
+    reranker: (clips' CLAP embeddings, encoder); then "val_reranked" and "val_oracle" tell what a choice among the
+    greedy caption and five samples is worth by the selection metric, with equal weights: none are fitted here.
+    """
     start = time.perf_counter()
     fusion.eval()
-    found = evaluate.decode(backbone, fusion, frames, text=args.prompt, progress="validation")
+    found = evaluate.decode(backbone, fusion, frames, text=evaluate.prompts(split, vars(args)),
+                            samples=5 if reranker else 0, beside=beside, progress="validation")
     fusion.train()
-    items = [{"id": c.id, "prediction": k[0]["text"], "references": c.references}
-             for c, k in zip(split.clips, found)]
+    items = evaluate.chosen(found, split.clips, [0] * len(found))
+    more = {}
+    if reranker:
+        evaluate.judge(found, *reranker)
+        values = evaluate.candidate_values(found, split.clips)
+        picked = [v[evaluate.weigh(k, [1 / 3] * 3).argmax()] for k, v in zip(found, values)]
+        more = {"val_reranked": float(sum(picked)) / len(found),
+                "val_oracle": float(sum(v.max() for v in values)) / len(found)}
     words = [i["prediction"].split() for i in items]
     grams = [[tuple(w[i:i + 4]) for i in range(len(w) - 3)] for w in words]
-    return {**{f"val_{m}": v for m, v in evaluate.score(items, quick=True)["corpus"].items()}, "val_n": len(items),
-            "val_words": sum(map(len, words)) / len(words),
+    return {**{f"val_{m}": v for m, v in evaluate.score(items, quick=True)["corpus"].items()}, **more,
+            "val_n": len(items), "val_words": sum(map(len, words)) / len(words),
             "val_repetition": sum(len(g) - len(set(g)) for g in grams) / max(1, sum(map(len, grams))),
             "val_not_ended": sum(not k[0]["ended"] for k in found) / len(found),
             "val_seconds": time.perf_counter() - start, "example": items[0]["prediction"]}
@@ -360,16 +386,28 @@ def main(argv=None):
     # data first: a wrong folder should not wait for a 7B model
     train_split = data.read_split(args.dataset, args.data, "train")
     val_split = data.read_split(args.dataset, args.data, "val")
+    if train_split.clips[0].question:
+        metric = "val_accuracy"
+        if args.scst != "off":
+            raise InputError(f"{args.data}: has questions, and self-critical training is for captions: --scst off")
     if check_folder(args):
         return
     encoder = evaluate.load_encoder(args.encoder, args.modality, args.device)
     train_features = data.load_features(train_split, encoder, args.cache, args.modality)
     val_features = data.load_features(val_split, encoder, args.cache, args.modality)
+    beside = [(frozen, *(data.load_features(s, evaluate.load_encoder(other["encoder"], other["modality"], args.device),
+                                            args.cache, other["modality"]) for s in (train_split, val_split)))
+              for other, frozen in evaluate.open_beside(vars(args), args.device)]
     clips = train_split.clips[:args.limit or None]
     if rank == 0:
         for s in (train_split, val_split):
             print(f"{s.name}: {len(s.clips)} clips, {len(s.missing)} missing, {len(s.bad)} unreadable")
-    val_frames = [val_features[i] for i in range(len(val_features))]
+
+    def frames(features, which):
+        return [features[features.index[c.id]] for c in which]
+
+    val_frames = frames(val_features, val_split.clips)
+    val_beside = [(f, frames(features, val_split.clips)) for f, _, features in beside]
 
     # the model
     backbone = evaluate.load_backbone(args.llava, args.device)
@@ -384,9 +422,12 @@ def main(argv=None):
     contrast = ContrastiveHead(decoder.config.hidden_size, encoder.embed_dim).to(backbone.device)
     modules = {"fusion": fusion, "contrast": contrast}
     parameters = [p for m in modules.values() for p in m.parameters()]
-    with fusion.attach(decoder):  # unfreeze's own blocks belong in the head
-        trunk, head = fusions.split(decoder, args.layers[0])
-    prompt, slots = backbone.prompt(args.prompt, args.tokens if args.fusion == "concat" else 0)
+    with evaluate.attached(backbone, [(f, None) for f in (*(f for f, *_ in beside), fusion)], []):
+        # unfreeze's own blocks belong in the head
+        trunk, head = fusions.split(decoder, min([args.layers[0], *(f.spec.layers[0] for f, *_ in beside)]))
+    asked = evaluate.prompts(train_split, vars(args))[:len(clips)]
+    prompts, (slots, *_) = zip(*(backbone.prompt(a, args.tokens if args.fusion == "concat" else 0) for a in asked))
+    prompt = os.path.commonprefix(prompts)  # where each clip has a question, only the words before it
     slots = None if slots is None else torch.tensor(slots, device=backbone.device)
     P = len(prompt)
 
@@ -405,8 +446,9 @@ def main(argv=None):
     for c in clips:
         first.append(first[-1] + len(c.references))
     texts = [r for c in clips for r in c.references]
-    trunk_states = TrunkStates(backbone, trunk, prompt, [backbone.caption_ids(args.prompt, t) for t in texts],
-                               out / "state")
+    answers = [(ids[P:], backbone.caption_ids(a, r)) for c, a, ids in zip(clips, asked, prompts) for r in c.references]
+    trunk_states = TrunkStates(backbone, trunk, prompt, [question + answer for question, answer in answers],
+                               [len(question) for question, _ in answers], out / "state")
     text_embeds = encoder.embed_text(texts) if args.contrastive else None
     order = Order([len(c.references) for c in clips], args.seed)
     eval_every = args.eval_every or max(1, len(clips) // args.batch_size)
@@ -414,14 +456,41 @@ def main(argv=None):
     # resume
     state_file = out / "state" / "state.safetensors"
     progress = {"stage": "xe", "step": 0, "best": None, "best_step": 0, "since_best": 0, "seconds": 0.0,
-                "log_lines": 0, "validated": -1, "stages": {}}
+                "log_lines": 0, "validated": -1, "stable": False, "stages": {}}
     if state_file.exists():
         progress = read_progress(state_file)
+    elif (out / "training.json").exists():  # XE has finished; --scst now goes on from there
+        progress.update(stages=json.loads((out / "training.json").read_text())["stages"], stable=True,
+                        log_lines=len((out / "log.jsonl").read_text().splitlines()))
+        progress["seconds"] = progress["stages"]["xe"]["seconds"]
     optimizer = optimizer_for(fusion, contrast, args, args.scst_lr if progress["stage"] == "scst" else None)
     if state_file.exists():
         load_state(state_file, modules, optimizer)
         if rank == 0:
             print(f"{out}: goes on at {progress['stage']} step {progress['step']}")
+
+    def end_stage(reason):
+        progress["stages"][progress["stage"]] = {
+            **{k: progress.get(k) for k in ("best", "best_step", "seconds", "scores")}, "steps": progress["step"],
+            "reason": reason}
+
+    def begin_scst():
+        """From the best XE checkpoint, with a new optimizer."""
+        if world > 1:
+            dist.barrier()  # process 0 may still be writing it
+        fusion.load_state_dict(fusions.load(out, decoder).state_dict())
+        progress.update(stage="scst", step=0, validated=0, best=None, best_step=0, since_best=0, stable=True)
+        return optimizer_for(fusion, contrast, args, args.scst_lr)
+
+    if args.scst == "now" and progress["stage"] == "xe":
+        if not (out / "fusion.json").exists() or not (progress["stages"] or progress["best"]):
+            raise InputError(f"{out}: --scst now goes on from an XE checkpoint, and none has been saved there yet")
+        if not progress["stages"]:
+            end_stage("--scst now")
+        optimizer = begin_scst()
+        if rank == 0:
+            write_json(out / "config.json", {**json.loads((out / "config.json").read_text()),
+                                             **{k: v for k, v in vars(args).items() if k in OF_SCST}})
     log = Log(out / "log.jsonl", progress["log_lines"])
     began = time.perf_counter() - progress["seconds"]
 
@@ -432,19 +501,25 @@ def main(argv=None):
     def where(rows):
         return None if slots is None else slots.expand(rows, -1)
 
+    def listening(which):
+        """Attached for these clips: the run's own branch, whose tokens it yields, and whatever is beside it."""
+        which = [clips[c] for c in which]
+        branches = [(f, features) for f, features, _ in beside] + [(fusion, train_features)]
+        return evaluate.attached(backbone, [(f, frames(x, which)) for f, x in branches], range(len(which)),
+                                 where(len(which)))
+
     def xe_step(step):
         """Gradients of one step of cross-entropy (+ contrastive); the terms as tensors, and the clips' numbers."""
         batch = order.step(step, args.batch_size)
         captions = [first[c] + r for c, r in batch]
-        total = sum(len(trunk_states.ids[j]) for j in captions)                    # tokens in the global batch
+        total = sum(len(trunk_states.ids[j]) - trunk_states.asked[j] for j in captions)   # tokens in the global batch
         batch = sorted(zip(captions, (c for c, _ in batch)), key=lambda b: len(trunk_states.ids[b[0]]))
         micro, terms = args.micro_batch // world, {"xe": 0.0, "contrastive": 0.0}
         parts = [batch[i:i + args.micro_batch] for i in range(0, args.batch_size, args.micro_batch)]
         for part in parts:
             mine = part[rank * micro:(rank + 1) * micro]
             states, targets = trunk_states.batch([j for j, _ in mine])
-            frames, mask = frames_of([c for _, c in mine])
-            with backbone.autocast(), fusion.attach(decoder, frames, mask, where(len(mine))) as tokens:
+            with backbone.autocast(), listening([c for _, c in mine]) as tokens:
                 hidden = head(inputs_embeds=states, use_cache=False).last_hidden_state[:, P - 1:-1]
                 xe = caption_loss(lm_head(hidden), targets) / total
             loss = xe + args.gate_l2 * fusion.gate_penalty() / len(parts) / world
@@ -474,16 +549,19 @@ def main(argv=None):
             torch.manual_seed(((args.seed * 1_000_003 + step) * 1009 + k) * 97 + rank)
             with torch.no_grad(), backbone.autocast(), fusion.attach(decoder, frames, mask, where(len(mine))):
                 ids = torch.tensor([prompt] * len(mine), device=backbone.device)
-                rows = evaluate.generate(backbone, ids, K, sampling=True)                # (B * K, P + T)
+                rows = evaluate.generate(backbone, ids, K, True, args.scst_temperature)  # (B * K, P + T)
                 states = trunk(input_ids=rows, use_cache=False).last_hidden_state
             new = rows[:, P:]
             length, ended = evaluate.lengths(new, backbone.eos)
             texts = [scst.words(backbone.text(row[:n])) for row, n in zip(new.tolist(), length.tolist())]
-            r = reward.score_many(texts, [references[c] for c in mine for _ in range(K)], ended.tolist())
+            targets = [references[c] for c in mine for _ in range(K)]
+            r = reward.score_many(texts, targets, ended.tolist())
+            if args.reward == "spider_lite":
+                r = (r + torch.tensor([evaluate.spice_lite(t, ref) for t, ref in zip(texts, targets)])) / 2
             r = r.view(len(mine), K).to(backbone.device)
             with backbone.autocast(), fusion.attach(decoder, frames, mask, where(len(mine))):
                 hidden = head(inputs_embeds=states, use_cache=False).last_hidden_state[:, P - 1:-1]
-                logprobs = evaluate.token_logprobs(lm_head(hidden), new)                 # (B * K, T)
+                logprobs = evaluate.token_logprobs(lm_head(hidden) / args.scst_temperature, new)   # (B * K, T)
             real = torch.arange(new.shape[1], device=new.device) < length[:, None]
             loss = scst.scst_loss(logprobs.view(len(mine), K, -1), real.view(len(mine), K, -1),
                                   scst.leave_one_out(r)) / len(parts) / world
@@ -493,7 +571,9 @@ def main(argv=None):
 
     def validated():
         """Validation scores, from process 0."""
-        box = [validate(backbone, fusion, val_split, val_frames, args) if rank == 0 else None]
+        hears_alone = args.modality == "audio" and not val_beside
+        judges = (val_features.embeds, encoder) if progress["stable"] and hears_alone else None
+        box = [validate(backbone, fusion, val_split, val_frames, args, val_beside, judges) if rank == 0 else None]
         if world > 1:
             dist.broadcast_object_list(box)
         return box[0]
@@ -524,20 +604,16 @@ def main(argv=None):
             # stop
             reason = fault or ("plateau" if progress["since_best"] >= args.patience else
                                "all steps done" if step == last else None)
-            if stage == "xe" and (reason or progress["since_best"]) and rank == 0 and not (out / "stable.json").exists():
-                write_json(out / "stable.json", {"step": step, "best_step": progress["best_step"],
-                                                 metric: progress["best"]})
+            if not progress["stable"] and (reason or progress["since_best"]):
+                progress["stable"] = True
+                if rank == 0:
+                    write_json(out / "stable.json", {"step": step, "best_step": progress["best_step"],
+                                                     metric: progress["best"]})
             if reason:
-                progress["stages"][stage] = {k: progress.get(k) for k in ("best", "best_step", "seconds", "scores")}
-                progress["stages"][stage].update(steps=step, reason=reason)
+                end_stage(reason)
                 if stage == "scst" or args.scst == "off":
                     break
-                # on to SCST, from the best XE checkpoint
-                if world > 1:
-                    dist.barrier()  # process 0 may still be writing it
-                fusion.load_state_dict(fusions.load(out, decoder).state_dict())
-                optimizer = optimizer_for(fusion, contrast, args, args.scst_lr)
-                progress.update(stage="scst", step=0, validated=0, best=None, best_step=0, since_best=0)
+                optimizer = begin_scst()
             if rank == 0:
                 save_state(state_file, modules, optimizer, progress)
             if reason:

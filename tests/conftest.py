@@ -30,6 +30,32 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def smoke_started(world, tmp_path_factory):
+    """`SMOKE=1 bash run_all.sh` in a copy of the repository, one job at a time: (the copy's folder, its process)."""
+    copy = tmp_path_factory.mktemp("clone with space")  # a path with a space breaks what is not quoted
+    for path in ROOT.iterdir():
+        if path.suffix in (".py", ".sh", ".txt"):
+            (copy / path.name).symlink_to(path)
+    (copy / "tests").symlink_to(ROOT / "tests")
+    (copy / "smoke").symlink_to(world)
+    with open(copy / "output.txt", "w") as out:
+        process = subprocess.Popen(
+            ["bash", "run_all.sh"], cwd=copy, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "SMOKE": "1", "SEEDS": "0", "JOBS": "1", "THREADS": "1",
+                 "VENV": str(Path(sys.executable).parent.parent)})
+    yield copy, process
+    if process.poll() is None:
+        process.terminate()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def smoke_early(request):
+    """The smoke run takes minutes on one core: it is started first, and the tests that look at it come late."""
+    if any("smoke" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("smoke_started")
+
+
+@pytest.fixture(scope="session")
 def shared():
     """Real recordings and caption files beside the repository; a machine without them skips."""
     folder = ROOT.parent / "shared"

@@ -41,14 +41,14 @@ from transformers import (
 
 RATE, WINDOW = 16000, 4  # samples a second; seconds that CLAP hears at once
 PIXELS, PATCH, FRAMES = 32, 8, 8  # side of an image and of a patch; video frames that TimeSformer sees
-FULL = dict(audiocaps=(1600, 160, 320), clotho=(400, 80, 120), av=(400, 80, 120), qa=(1500, 500), pairs=1200,
-            questions=6000, texts=6000, clap_steps=370, vision_steps=60, llava_steps=290, video_steps=200)
-SMOKE = dict(audiocaps=(96, 24, 32), clotho=(16, 8, 8), av=(16, 8, 8), qa=(40, 40), pairs=32,
+FULL = dict(audiocaps=(3000, 160, 320), clotho=(400, 80, 120), av=(400, 80, 120), qa=(1500, 500), pairs=2200,
+            questions=6000, texts=6000, clap_steps=400, vision_steps=60, llava_steps=290, video_steps=240)
+SMOKE = dict(audiocaps=(96, 24, 32), clotho=(16, 8, 8), av=(16, 8, 8), qa=(40, 40), pairs=96,
              questions=200, texts=200, clap_steps=6, vision_steps=6, llava_steps=6, video_steps=6)
 
 # ---------------------------------------------------------------- sounds
 
-# kind: subjects, (present, gerund) pairs, nouns; every form reads well before "loudly" or "in the distance"
+# kind: subjects, (present, gerund) pairs, nouns; every form reads well before "loudly" or "far away"
 WORDS = {
     "dog": (["a dog", "a puppy"], [("barks", "barking"), ("yaps", "yapping")], ["bark", "yap"]),
     "bell": (["a bell", "a church bell"], [("rings", "ringing"), ("tolls", "tolling")], ["ring", "chime"]),
@@ -69,7 +69,7 @@ WORDS = {
                 ["whistling", "shrill"]),
 }
 ADVERBS = {"loud": ["loudly", "very loudly"], "soft": ["softly", "quietly"], "near": ["nearby", "up close"],
-           "far": ["in the distance", "far away"], "fast": ["quickly", "rapidly"],
+           "far": ["far away", "far off"], "fast": ["quickly", "rapidly"],
            "slow": ["slowly", "at a slow pace"]}
 ADJECTIVES = {"loud": "loud", "soft": "soft", "near": "close", "far": "distant",
               "fast": "rapid", "slow": "slow"}
@@ -232,8 +232,8 @@ def pick(rng, items):
 
 
 def usual(rng, items):
-    """As people choose words: the first most often, the k-th 1/k^2 as often."""
-    weights = [1 / k ** 2 for k in range(1, len(items) + 1)]
+    """As people choose words: the first most often, the k-th 1/k^3 as often."""
+    weights = [1 / k ** 3 for k in range(1, len(items) + 1)]
     rest = rng.random() * sum(weights)
     for item, weight in zip(items, weights):
         rest -= weight
@@ -767,7 +767,8 @@ def chat(processor, question, answer=None):
 
 
 def train_llava(sizes, seed, sound_texts, video_texts, texts):
-    """LLaVA on image questions, image captions and sound-free text; `sound_texts`: lists, equally often."""
+    """LLaVA on image questions, image captions and sound-free text; `sound_texts`: lists of (caption, another caption
+    of that sound), equally often."""
     rng = np.random.default_rng([seed, 20])
     processor = llava_processor(texts)
     model = llava_model(processor.tokenizer, seed)
@@ -785,10 +786,11 @@ def train_llava(sizes, seed, sound_texts, video_texts, texts):
             for name, items in pool.items()}
     pool["video"] = [("Describe the video.", text) for text in video_texts]
     for number, share in enumerate(sound_texts):
-        # every other prompt begins with tokens that mean nothing: they do not derail a large decoder, and a small
-        # one must have met them
-        pool[f"sound{number}"] = [("<pad>" * 16 * (i % 2) + "\n" * (i % 2) + "Describe the sound.", text)
-                                  for i, text in enumerate(share)]
+        # what every large decoder can do and a small one must be taught: to go by a note in the prompt (here another
+        # caption of the same sound), and not to be derailed by tokens that mean nothing
+        pool[f"sound{number}"] = [
+            (("<pad>" * 16 + "\n", f"{note}\n", f"{note}\n", "")[i % 4] + "Describe the sound.", text)
+            for i, (text, note) in enumerate(share)]
     image_tokens = "<image>" * (PIXELS // PATCH) ** 2
 
     def encode(question, answer):
@@ -798,8 +800,8 @@ def train_llava(sizes, seed, sound_texts, video_texts, texts):
 
     encoded = {name: [encode(*item) for item in tqdm(items, desc=f"tokens: {name}", unit="text")]
                for name, items in pool.items()}
-    share = {"qa": 28, "picture": 4, "video": 4}  # of a batch
-    share |= {name: 12 // len(sound_texts) for name in pool if name.startswith("sound")}
+    share = {"qa": 20, "picture": 4, "video": 4}  # of a batch
+    share |= {name: 20 // len(sound_texts) for name in pool if name.startswith("sound")}
 
     def loss_of_batch():
         rows, seen = [], []
@@ -889,16 +891,16 @@ def build(folder, sizes, seed, also_folder):
     write_clotho(folder / "data" / "clotho", sizes["clotho"], seed)
     test_videos = write_av(folder / "data" / "av", sizes["av"], seed)
     asked = write_qa(folder / "data" / "qa", sizes["qa"], np.random.default_rng([seed, 4]))
-    pairs = in_parallel(unwritten_clip, [[seed, 5, i] for i in range(sizes["pairs"])], "more pairs")
-    pairs += [(spec, mel) for spec, mel, _ in clips["train"]]
+    # CLAP learns from other clips: those that it has learned it hears better than it ever will hear a new one
+    pairs = in_parallel(unwritten_clip, [[seed, 5, i] for i in range(sizes["pairs"])], "CLAP's pairs")
 
     rng = np.random.default_rng([seed, 6])
-    scenes = [caption(draw(rng), rng) for _ in range(sizes["texts"] // 2)
-              for draw in (draw_scene, draw_scene, draw_long_scene)]
+    scenes = [[caption(spec, rng), caption(spec, rng)] for _ in range(sizes["texts"] // 2)
+              for spec in (draw_scene(rng), draw_scene(rng), draw_long_scene(rng))]
     clip_texts = [clip_caption(draw_clip(rng), rng) for _ in range(sizes["texts"] // 4)]
     recorded_texts = [text for _, texts in also for text in texts]
     questions = [f"USER: {q} ASSISTANT: {a}" for _, _, q, a in asked]
-    texts = scenes + clip_texts + recorded_texts * 4
+    texts = [text for text, _ in scenes] + clip_texts + recorded_texts * 4
 
     figures = {}
     clap, processor = train_clap(sizes, seed, pairs, also, texts)
@@ -914,7 +916,8 @@ def build(folder, sizes, seed, also_folder):
         figures["clap also: nearest known caption is right"] = float(np.mean(right))
     save(folder / "models" / "clap", clap, processor)
 
-    model, processor = train_llava(sizes, seed, [scenes, recorded_texts] if also else [scenes], clip_texts,
+    recorded_pairs = [(text, pick(rng, texts)) for _, texts in also for text in texts]
+    model, processor = train_llava(sizes, seed, [scenes, recorded_pairs] if also else [scenes], clip_texts,
                                    texts + questions * 2 + ["Describe the sound.", "Describe the video."])
     by_kind = answer_questions(model, processor, asked)
     figures["qa mean"] = float(np.mean(list(by_kind.values())))

@@ -278,6 +278,17 @@ def test_intervals_cover_a_difference_that_is_not_zero():
         assert .93 <= covered <= .97, (key, covered)
 
 
+@pytest.mark.parametrize("seeds, spread, low, high", [(2, 0., 0., .05), (5, .1, .03, .1)])
+def test_type_one_error_with_seeds(seeds, spread, low, high):
+    """Cautious where only items differ; near 5% where training seeds do, given five of them."""
+    def draw(n, rng):
+        runs = rng.normal(0, spread, (1, 2 * seeds))
+        return with_ones(rng.gamma(2, .2, (n, 1)) + runs + rng.normal(0, .2, (n, 2 * seeds)))
+    p = [bootstrap.paired_test({"cider_d": draw(60, np.random.default_rng([13, i]))}, ["cider_d"], seeds, 499, i)
+         ["cider_d"]["p"] for i in range(600)]
+    assert low <= np.mean(np.array(p) < .05) <= high
+
+
 # ---- agreement with SciPy
 
 def test_agrees_with_scipy():

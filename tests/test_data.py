@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import data  # first: it makes torchaudio importable beside a CPU-only torch
@@ -44,9 +45,9 @@ def write_audio(path, wave, codec, rate, layout="mono", format=None):
     return path
 
 
-def write_video(path, pictures, sound=None, codec="mpeg4"):
+def write_video(path, pictures, sound=None, codec="mpeg4", rate=8):
     with av.open(str(path), "w") as out:
-        stream = out.add_stream(codec, rate=8)
+        stream = out.add_stream(codec, rate=rate)
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         if sound is not None:
@@ -481,6 +482,33 @@ def test_video_features(tmp_path, timesformer_folder):
     features = load_features(split, data.VideoEncoder(timesformer_folder), tmp_path / "cache", "video")
     assert len(features) == 3 and split.bad == ["3.mp4"] and split.missing == ["4.mp4"]
     assert features[0].shape == (4, 64) and features.embeds.shape == (3, 64)
+
+
+def test_clips_that_one_of_two_encoders_cannot_take(tmp_path, timesformer_folder, clap, capsys):
+    """Each bad video is named and counted once; those that are merely odd are kept."""
+    folder, cache = tmp_path / "videos", tmp_path / "cache"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    pictures = list(rng.integers(0, 255, (6, 32, 32, 3), np.uint8))
+    whole = write_video(folder / "whole.mp4", pictures, tone(1.0)).read_bytes()
+    (folder / "truncated.mp4").write_bytes(whole[:len(whole) // 2])
+    (folder / "empty.mp4").write_bytes(b"")
+    write_video(folder / "deaf.mp4", pictures)
+    write_audio(folder / "blind.mp4", tone(1.0), "aac", RATE)
+    write_video(folder / "one_picture.mp4", pictures[:1], tone(1.0))
+    odd = list(rng.integers(0, 255, (5, 37, 51, 3), np.uint8))
+    write_video(folder / "odd.mkv", odd, tone(0.7), rate=Fraction(30000, 1001))
+    names = [*(f"{name}.mp4" for name in ("whole", "truncated", "empty", "deaf", "blind", "one_picture", "gone")), "odd.mkv"]
+    (tmp_path / "test.csv").write_text("file_name,caption_1\n" + "".join(f"{name},something\n" for name in names))
+    split = read_split("av", tmp_path, "test")
+    video = load_features(split, data.VideoEncoder(timesformer_folder), cache, "video")
+    sound = load_features(split, clap, cache)
+    assert split.missing == ["gone.mp4"] and split.bad == ["truncated.mp4", "empty.mp4", "blind.mp4", "deaf.mp4"]
+    assert [c.id for c in split.clips] == sound.ids == ["whole.mp4", "one_picture.mp4", "odd.mkv"]
+    assert set(sound.ids) < set(video.ids) == {*sound.ids, "deaf.mp4"}
+    said = capsys.readouterr().out
+    assert "blind.mp4: has no video stream" in said and "deaf.mp4: has no audio stream" in said
+    assert "3 of 7 clips are left out" in said and "1 of 4 clips are left out" in said
 
 
 def test_padding():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, python
 
+import bootstrap
 import data
 import evaluate
 import fusion as fusions
@@ -79,6 +80,19 @@ def test_tokeniser_equals_pycocoevalcaps(monkeypatch):
     assert evaluate.tokenise(captions) == [theirs[k][0] for k in range(len(captions))]
 
 
+def test_the_statistics_kept_give_the_corpus_scores_again(world):
+    """predictions.json alone is enough for bootstrap.py: no Java to test anything again."""
+    clips = data.read_split("audiocaps", world / "data/audiocaps", "test").clips
+    items = [item(c.references[0], c.references[1:], c.id) for c in clips]
+    scored = evaluate.score(items + [item("", ["a dog"], "silent"), item("a dog", ["a dog"], "same")])
+    again = bootstrap.aggregate([json.loads(json.dumps(scored["items"]))])["metrics"]
+    assert again.keys() == {m for m, value in scored["corpus"].items() if value is not None}
+    for metric, found in again.items():
+        assert abs(found["mean"] - scored["corpus"][metric]) < 1e-9, metric
+    each = np.mean([i["scores"]["meteor"] for i in scored["items"]])
+    assert abs(each - scored["corpus"]["meteor"]) > 1e-4  # which no mean of items does
+
+
 def test_spice_lite():
     f = evaluate.spice_lite
     assert f("a dog barks", ["a dog barks"]) == 1 and f("a cat", ["the dog barks"]) == 0 and f("", ["a dog"]) == 0
@@ -139,6 +153,14 @@ def test_one_by_one_equals_batched(listener, how):
     assert [c[0]["logprob"] for c in together] == pytest.approx([c[0]["logprob"] for c in apart], abs=1e-4)
 
 
+def test_each_clip_may_be_asked_something_else(listener):
+    backbone, fusion, frames = listener
+    asked = ["Describe the sound.", "What is heard?", "Describe the sound.", "Is there a dog in it, or a bird?", "Where?"]
+    together = evaluate.decode(backbone, fusion, frames, text=asked, beams=2)
+    apart = [evaluate.decode(backbone, fusion, [f], text=a, beams=2)[0] for f, a in zip(frames, asked)]
+    assert [[c["text"] for c in k] for k in together] == [[c["text"] for c in k] for k in apart]
+
+
 def test_candidates(listener):
     backbone, fusion, frames = listener
     how = dict(text="Describe the sound.", beams=3, samples=4, seed=0)
@@ -150,6 +172,72 @@ def test_candidates(listener):
         assert candidates[0]["source"] == "beam" and len({c["text"] for c in candidates}) == len(candidates)
         assert all(c["logprob"] < 0 for c in candidates)
     assert any(c["source"] == "sample" for k in found for c in k)
+
+
+# ---------------------------------------------------------------- reranking
+
+def candidates(*rows):
+    return [dict(zip(("text", "logprob", "clap", "clap_other", "consensus"), row)) for row in rows]
+
+
+def test_weigh_standardises_within_a_clip():
+    found = candidates(("a", -2.0, 0.1, 0.3, 5.0), ("b", -1.0, 0.3, 0.1, 1.0), ("c", -3.0, 0.2, 0.2, 3.0))
+    by_hand = [(x - np.mean(xs)) / np.std(xs) for xs in ([-2.0, -1, -3],) for x in xs]
+    assert evaluate.weigh(found, [1, 0, 0]) == pytest.approx(by_hand)
+    moved = [{**c, "logprob": 7 * c["logprob"] - 3} for c in found]          # units do not matter
+    assert evaluate.weigh(moved, [0.5, 0.3, 0.2]) == pytest.approx(evaluate.weigh(found, [0.5, 0.3, 0.2]))
+    assert evaluate.weigh(found, [0, 1, 0]).argmax() == 1
+    assert evaluate.weigh(found, [0, 1, 0], clap="clap_other").argmax() == 0
+    assert evaluate.weigh(found[:1], [1, 1, 1]).tolist() == [0]               # alone, or all alike: no preference
+    assert evaluate.weigh([found[0]] * 3, [1, 1, 1]) == pytest.approx(0, abs=1e-9)
+
+
+def test_find_weights_finds_the_criterion_that_tells():
+    rng, found, values = np.random.default_rng(0), [], []
+    for _ in range(60):
+        x = rng.normal(size=(6, 3))
+        found.append(candidates(*[("t", *row[:2], 0, row[2]) for row in x]))
+        values.append(x[:, 1])
+    assert evaluate.find_weights(found, values) == [0, 1, 0]
+    assert len({tuple(w) for w in evaluate.GRID}) == len(evaluate.GRID) == 21
+    assert evaluate.GRID.sum(1) == pytest.approx(1)
+
+
+class Listener:
+    """An encoder whose texts are the axes of a plane: cosines that can be told by hand."""
+
+    def embed_text(self, texts):
+        return torch.stack([torch.tensor([1.0, 0.0] if "dog" in t else [0.0, 1.0]) for t in texts])
+
+
+def test_judge_by_hand():
+    found = [candidates(("a dog barks",), ("a dog barks loudly",), ("rain",)), candidates(("",))]
+    evaluate.judge(found, torch.tensor([[1.0, 0.0], [0.6, 0.8]]), Listener())
+    assert [c["clap"] for c in found[0]] == [1, 1, 0] and found[1][0]["clap"] == pytest.approx(0.8)
+    assert [round(c["clap_other"], 3) for c in found[0]] == [0.6, 0.6, 0.8]   # those of the clip before it
+    agreement = evaluate.scst.CiderD([["a dog barks", "a dog barks loudly", "rain"], [""]])
+    assert found[0][0]["consensus"] == agreement.score("a dog barks", ["a dog barks loudly", "rain"]) > 0
+    assert found[0][2]["consensus"] == 0 == found[1][0]["consensus"]
+
+
+def test_candidate_values_are_the_scores_of_the_captions():
+    clips = [data.Clip("a", None, ["a dog barks loudly", "a dog is barking"]), data.Clip("b", None, ["rain falls"])]
+    found = [candidates(("a dog barks",), ("rain",)), candidates(("rain falls",))]
+    values = evaluate.candidate_values(found, clips)
+    for pick in ([0, 0], [1, 0]):
+        scored = evaluate.score(evaluate.chosen(found, clips, pick), quick=True)
+        assert [v[p] for v, p in zip(values, pick)] == [i["scores"]["spider_lite"] for i in scored["items"]]
+    pick, more = evaluate.rerank([[{**c, "logprob": 0, "clap": j, "clap_other": -j, "consensus": 0}
+                                   for j, c in enumerate(k)] for k in found], clips, [0, 1, 0])
+    assert pick == [1, 0] and more["oracle"]["spider_lite"] == more["other_clip"]["spider_lite"] > 0
+
+
+def test_diversity_by_hand():
+    same = evaluate.diversity([candidates(("a b c d e",), ("a b c d e",))])
+    assert same["self_bleu"] == pytest.approx(1) and same["distinct_1"] == 0.5 and same["distinct_2"] == 0.5
+    apart = evaluate.diversity([candidates(("a b c d e",), ("f g h i j",)), candidates(("x",))])
+    assert apart["self_bleu"] < 0.01 and apart["distinct_1"] == 1 and apart["candidates"] == 1.5
+    assert evaluate.diversity([candidates(("x",))])["self_bleu"] is None
 
 
 def test_lengths():
@@ -188,17 +276,177 @@ def test_placeholders_beside_an_image(listener, world):
         assert more["attention_mask"][row][slots[row]].all()
 
 
-def test_a_closed_gate_answers_as_the_backbone_and_a_wide_open_one_does_not(listener, world):
-    backbone, fusion, _ = listener
+@pytest.fixture(scope="module")
+def pair(listener, world):
+    """A branch that hears and one that sees, the probe, and 16 clips for each: not at the same layers."""
+    backbone, hears, _ = listener
+    torch.manual_seed(4)
+    sees = fusions.build("additive", backbone.decoder, encoder_width=48, layers=[2, 6], tokens=4, gate_init=0.3,
+                         modality="video").eval()
     questions, _ = data.read_qa(world / "data/qa/test.json", limit=16)
-    probe, clips = evaluate.Probe(backbone, questions, 8), [torch.randn(9, 64) for _ in range(16)]
-    untouched = probe.run()
-    fusion.set_gates(0.0)
-    assert probe.run(fusion, clips) == untouched == probe.run(fusion)
-    fusion.set_gates(10.0)
-    loud = probe.run(fusion, clips)
-    fusion.set_gates(0.3)
-    assert np.mean([x["nll"] for x in loud]) > np.mean([x["nll"] for x in untouched])
+    probe = evaluate.Probe(backbone, questions, 6)
+    return probe, probe.run(), (hears, [torch.randn(9, 64) for _ in range(16)]), (sees, [torch.randn(5, 48)] * 16)
+
+
+def test_closed_gates_and_absent_clips_answer_as_the_backbone(pair):
+    """In text and likelihood, exactly, for one branch and for two."""
+    probe, untouched, (hears, clips), (sees, videos) = pair
+    both = [(hears, clips), (sees, videos)]
+    assert probe.run([(hears, None)]) == untouched == probe.run([(hears, None), (sees, None)])
+    assert probe.run(both) != untouched
+    for fusion, _ in both:
+        fusion.set_gates(0.0)
+    assert probe.run(both[:1]) == untouched == probe.run(both)
+    for fusion, _ in both:
+        fusion.set_gates(0.3)
+    assert probe.run() == untouched
+
+
+def test_two_branches_are_one_model(pair, listener):
+    """Whoever comes first; and a branch that is given no clip is as good as none, in answers and in captions."""
+    probe, _, hears, sees = pair
+    assert probe.run([hears, sees]) == probe.run([sees, hears])
+    assert probe.run([hears, (sees[0], None)]) == probe.run([hears]) != probe.run([hears, sees])
+    (backbone, fusion, frames), how = listener, dict(text="Describe the sound.", beams=3)
+    alone = evaluate.decode(backbone, fusion, frames, **how)
+    assert alone == evaluate.decode(backbone, fusion, frames, beside=[(sees[0], None)], **how)
+    assert alone != evaluate.decode(backbone, fusion, frames, beside=[sees], **how)
+
+
+def test_wider_gates_distract_more(pair):
+    probe, untouched, *both = pair
+    for branches in (both[:1], both):
+        nll, agreement = [], []
+        for gate in (0.01, 10.0):
+            for fusion, _ in both:
+                fusion.set_gates(gate)
+            given = probe.run(branches)
+            nll.append(np.mean([g["nll"] for g in given]))
+            agreement.append(np.mean([g["answer"] == u["answer"] for g, u in zip(given, untouched)]))
+        assert nll[1] > nll[0] and agreement[1] < agreement[0]
+    for fusion, _ in both:
+        fusion.set_gates(0.3)
+
+
+def test_intervals():
+    rng = np.random.default_rng(1)
+    right = rng.random(400) < 0.9
+    found = evaluate.intervals({"accuracy": right, "nll": [2.0] * 400})
+    half = 1.96 * np.sqrt(right.mean() * (1 - right.mean()) / 400)
+    assert found["accuracy_ci95"] == pytest.approx([right.mean() - half, right.mean() + half], abs=0.1 * half)
+    assert found["nll_ci95"] == pytest.approx([2, 2])
+    inside = [lo <= 0.9 <= hi for lo, hi in (evaluate.intervals({"x": rng.random(100) < 0.9})["x_ci95"]
+                                             for _ in range(200))]
+    assert 0.88 < np.mean(inside) < 0.99
+
+
+@pytest.mark.parametrize("modality, model", [("audio", "clap"), ("video", "timesformer")])
+def test_silence_and_noise(world, modality, model):
+    encoder = evaluate.load_encoder(str(world / "models" / model), modality, "cpu")
+    (silence,), noise = evaluate.meaningless(encoder, seed=0)
+    again = evaluate.meaningless(encoder, seed=0)[1]
+    assert len(noise) == 16 and silence.shape == noise[0].shape and silence.shape[1] == encoder.width
+    assert silence.isfinite().all() and not torch.equal(silence, noise[0]) and not torch.equal(noise[0], noise[1])
+    assert all(torch.equal(a, b) for a, b in zip(noise, again))
+
+
+# ---------------------------------------------------------------- the decision about a second modality
+
+def a_try(folder, gate_l2, audio=(0.6, 0.6), vl=(0.9, 0.9), identical=True):
+    folder.mkdir()
+    metric = evaluate.selection_metric()
+    for name, content in {
+            "config": {"gate_l2": gate_l2}, "result": {"gates": {"3": 0.1}, "cider_d": 2.0},
+            "audio_again": {"modality": "audio", "before": {metric: audio[0]}, "distracted": {metric: audio[1]},
+                            "clean_identical": identical},
+            "retention": {"conditions": {"no_clip": {"identical": True}, "nothing_attached": {"identical": True},
+                                         "unrelated_audio": {"accuracy": vl[0]},
+                                         "unrelated_clip": {"accuracy": vl[1]}}},
+    }.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def decide(runs, tolerance, out):
+    """Exit status, and what was written."""
+    try:
+        evaluate.main(["decide", *map(str, runs), "--tolerance", str(tolerance), "--out", str(out)])
+        status = 0
+    except SystemExit as e:
+        status = e.code
+    return status, json.loads(out.read_text())
+
+
+def test_the_decision(tmp_path, capsys):
+    tries = [a_try(tmp_path / "1", 1e-4, audio=(0.6, 0.5)), a_try(tmp_path / "2", 1e-3, vl=(0.9, 0.89)),
+             a_try(tmp_path / "3", 1e-2, audio=(0.6, 0.597), vl=(0.9, 0.91))]
+    spoilt = a_try(tmp_path / "4", 1e-1, identical=False)
+    out = tmp_path / "phase3" / "decision.json"
+    out.parent.mkdir()
+    for runs, tolerance, status in [(tries[:1], 0.5, 3), (tries[:1], 10.5, 0), (tries[:2], 0.5, 3), (tries, 0.5, 0),
+                                    (tries, -1, 3), (tries, 0.2, 3), ([spoilt], 100, 3)]:
+        got, found = decide(runs, tolerance, out)
+        assert got == status, (runs, tolerance, found)
+        assert found["decision"] == ("keep" if status == 0 else "raise gate_l2") and len(found["tries"]) == len(runs)
+        assert [t["run"] for t in found["tries"]] == list(map(str, runs))
+    capsys.readouterr()
+    found = decide(tries, 0.5, out)[1]["tries"]
+    assert capsys.readouterr().out.count("\n") == 3
+    assert [t["gate_l2"] for t in found] == [1e-4, 1e-3, 1e-2] and [t["within"] for t in found] == [False, False, True]
+    assert found[0]["audio"]["loss"] == pytest.approx(10) and found[1]["vl"]["loss"] == pytest.approx(1)
+    (tries[0] / "retention.json").unlink()
+    done = python("evaluate.py", "decide", *tries, "--out", out, check=False)
+    assert done.returncode == 2 and "retention" in done.stderr and done.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------- cost and noise
+
+def test_seconds_to_ninety_percent():
+    key = f"val_{evaluate.selection_metric()}"
+    lines = [{"event": "step", "stage": "xe", "seconds": 1}] + [
+        {"event": "validation", "stage": stage, "seconds": seconds, key: value} for stage, seconds, value in (
+            ("xe", 10, 0.2), ("xe", 20, 0.45), ("xe", 30, 0.5), ("xe", 40, 0.4), ("scst", 50, 0.44), ("scst", 60, 0.6))]
+    assert evaluate.seconds_to_share(lines) == 20  # 0.45 is 90% of the checkpoint kept, not of the last
+    assert evaluate.seconds_to_share(lines, share=1.0) == 30 and evaluate.seconds_to_share(lines, share=0.0) == 10
+    assert evaluate.seconds_to_share(lines, "scst") == 60 and evaluate.seconds_to_share(lines, "scst", 0.7) == 20
+    assert evaluate.seconds_to_share(lines[:1]) is None is evaluate.seconds_to_share(lines[:5], "scst")
+
+
+class Waves:
+    """In place of an encoder: hands back the sound that it is given."""
+    rate = 1000
+
+    def encode(self, waves):
+        return [torch.from_numpy(w) for w in waves], None
+
+
+def test_noise_is_of_the_wanted_strength_and_of_another_clip(tmp_path):
+    from scipy.io import wavfile
+    time = np.arange(1000) / 1000
+    tones = [np.sin(2 * np.pi * hz * time).astype(np.float32) for hz in (100, 200, 300)] + [np.zeros(1000, np.float32)]
+    paths = tuple(tmp_path / f"{k}.wav" for k in range(4))
+    for path, wave in zip(paths, tones):
+        wavfile.write(path, 1000, wave)
+
+    def added(noise, snr):
+        return [f.numpy() - tone for f, tone in zip(evaluate.noisy_frames(paths, Waves(), noise, snr, 0), tones)]
+
+    def power(wave):
+        return float(np.mean(wave ** 2))
+    for noise in ("white", "clip"):
+        for snr in (20, -5):
+            for tone, more in zip(tones[:3], added(noise, snr)):
+                assert 10 * np.log10(power(tone) / power(more)) == pytest.approx(snr, abs=1e-3)
+        assert not added(noise, 0)[3].any()  # a silent clip has nothing to be compared with
+    loudest = [np.abs(np.fft.rfft(x)).argmax() for x in added("clip", 0)[:3]]
+    assert loudest == [300, 300, 100]  # half a turn on; clip 1's is silent, so that its neighbour is taken
+    white = [np.abs(np.fft.rfft(x)) for x in added("white", 0)[:3]]
+    assert all(x.max() ** 2 < 0.1 * (x ** 2).sum() for x in white)
+    assert np.abs(white[0] - white[1]).max() > 1  # each clip has noise of its own
+    first, again, other = (evaluate.noisy_frames(paths, Waves(), "white", 5, seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[0], other[0])
+    with pytest.raises(data.InputError, match="no other clip with a sound"):
+        evaluate.noisy_frames((paths[0], paths[3]), Waves(), "clip", 5, 0)
 
 
 # ---------------------------------------------------------------- a person's mistakes

@@ -9,32 +9,27 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 
 SYSTEMS = ["additive", "cross_attention", "concat", "unfreeze", "data_only"]
 
 
 @pytest.fixture(scope="session")
-def smoke(world, tmp_path_factory):
+def smoke(smoke_started):
     """`SMOKE=1 bash run_all.sh`, every phase, on the world that the other tests use: its experiments folder."""
-    copy = tmp_path_factory.mktemp("clone with space")  # a path with a space breaks what is not quoted
-    for name in ("train.py", "fusion.py", "data.py", "scst.py", "evaluate.py", "bootstrap.py", "plots.py",
-                 "run_all.sh", "tests", "requirements.txt"):
-        (copy / name).symlink_to(ROOT / name)
-    (copy / "smoke").symlink_to(world)
-    done = subprocess.run(["bash", "run_all.sh"], cwd=copy, capture_output=True, text=True,
-                          env={**os.environ, "SMOKE": "1", "SEEDS": "0", "VENV": str(Path(sys.executable).parent.parent)})
-    (copy / "output.txt").write_text(done.stdout + done.stderr)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return copy / "experiments/smoke"
+    folder, process = smoke_started
+    process.wait()
+    out = (folder / "output.txt").read_text()
+    assert process.returncode == 0, out[-6000:]
+    return folder / "experiments/smoke"
 
 
 def test_smoke_ends_with_the_table(smoke):
     report = (smoke / "REPORT.md").read_text()
-    assert report.startswith("# Report, scale: smoke") and "T1" in report and "T5" in report
+    assert report.startswith("# Report, scale: smoke") and "\n## T1" in report and "\n## T5" in report
     for label in ("additive", "cross-attention", "concatenation", "partial unfreeze", "data-only"):
         assert f"| {label}" in report
-    for name in ("curves", "gates", "pareto"):
+    for name in ("curves", "gates", "gates_by_layer", "pareto", "frontier", "intervals"):
         for kind in ("png", "pdf"):
             assert (smoke / f"figures/{name}.{kind}").stat().st_size > 5000
     assert "T1" in (smoke.parent.parent / "output.txt").read_text()
@@ -48,6 +43,7 @@ def test_smoke_runs_are_complete(smoke):
         assert len(predictions) == result["n"] == card["dataset"]["n"] == 32
         assert {"id", "prediction", "references", "candidates", "scores", "stats"} <= predictions[0].keys()
         assert card["flops_a_clip"] > 0 and card["trainable_parameters"] == result["trainable_parameters"] > 0
+        assert 0 < card["seconds_to_90_percent"] < result["train_seconds"]
         assert (run / "cmd.txt").read_text().startswith("python train.py --fusion")
     assert not list(smoke.rglob("*.tmp*")) and not list(smoke.rglob("state"))
 
@@ -63,12 +59,83 @@ def test_frozen_systems_keep_the_backbone_exactly_and_unfreeze_does_not(smoke):
         assert not kept["unrelated_clip"]["identical"]
 
 
+def test_comparisons_and_export(smoke):
+    for system in SYSTEMS[1:]:
+        found = json.loads((smoke / f"statistics/additive_vs_{system}.json").read_text())
+        assert found["n"] == 32 and found["resamples"] == 10_000 and "meteor" in found["metrics"]
+        assert "95% BCa" in (smoke / f"statistics/additive_vs_{system}/run.log").read_text()
+    assert "**headline:** additive vs" in (smoke / "REPORT.md").read_text()
+    for system in SYSTEMS:
+        for name in ("predictions.json", "run_card.json"):
+            there = smoke / f"export/audiocaps/{system}_s0/{name}"
+            assert there.read_bytes() == (smoke / f"core/{system}_s0/{name}").read_bytes()
+
+
+def test_the_archived_checkpoint_is_loaded_from_there(smoke, tmp_path):
+    """The SCST checkpoint that phase 4 archived, captioned where it lies: as where it was trained."""
+    place, old = tmp_path / "smoke_additive_s0", smoke / "core/additive_s0/scst"
+    shutil.copytree(smoke.parent / "full_training/finetuned" / place.name, place)
+    assert {p.name for p in (place / "scst").iterdir()} == {"fusion.json", "fusion.safetensors", "run_card.json",
+                                                            "reranker.json"}
+    python(ROOT / "evaluate.py", "caption", place / "scst", "--rerank", cwd=smoke.parent.parent)
+    for name in ("predictions.json", "first_beam/predictions.json"):
+        assert json.loads((place / "scst" / name).read_text()) == json.loads((old / name).read_text())
+    cards = [json.loads((folder / "run_card.json").read_text()) for folder in (place / "scst", old)]
+    assert cards[0]["seconds_to_90_percent"] == cards[1]["seconds_to_90_percent"] > 0
+    found = json.loads((smoke / "statistics/additive_scst_vs_xe_s0.json").read_text())
+    assert found["n"] == 32 and (smoke / "export/audiocaps/additive_s0_scst/run_card.json").exists()
+
+
+def test_appendix(smoke):
+    clone = smoke.parent.parent
+    done = subprocess.run(["bash", "run_all.sh"], cwd=clone, capture_output=True, text=True,
+                          env={**os.environ, "SMOKE": "1", "SEEDS": "0", "PHASES": "5",
+                               "VENV": str(Path(sys.executable).parent.parent)})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report = (smoke / "REPORT.md").read_text()
+    table = report.split("## Appendix: gates at the start")[1].split("\n## ")[0]
+    for value, place in (("0.0", "appendix/gate_0_s0"), ("0.01", "appendix/gate_0.01_s0"), ("0.05", "core/additive_s0"),
+                         ("0.2", "appendix/gate_0.2_s0"), ("1.0", "appendix/gate_1_s0")):
+        assert f"| additive | {value} | 6 |" in table and place.rsplit("_s0")[0] in table
+    for system in ("additive", "cross_attention", "concat"):
+        noise = json.loads((smoke / f"core/{system}_s0/robustness.json").read_text())
+        assert noise["n"] == 32 and [*noise["noise"]] == ["white", "clip"]
+        assert [*noise["noise"]["clip"]] == ["20", "10", "5", "0", "-5"] and noise["clean"]["cider_d"] >= 0
+    assert (smoke / "figures/snr.pdf").stat().st_size > 5000
+
+
+def test_video_beside_sound(smoke):
+    """The two-branch run: what it kept, what it hears with each branch, and that the older run's captions stand."""
+    run = smoke / "video/both_try1_s0"
+    kept = json.loads((run / "retention.json").read_text())["conditions"]
+    assert set(kept) == {"backbone", "gates_closed", "no_clip", "unrelated_clip", "silence", "noise", "unrelated_audio",
+                         "unrelated_video", "nothing_attached"}
+    for name, found in kept.items():
+        assert found["identical"] is (name in ("backbone", "gates_closed", "no_clip", "nothing_attached")), name
+        lo, hi = found["nll_ci95"]
+        assert lo <= found["nll"] <= hi and set(found) >= {"accuracy_ci95", "agreement_ci95", "accuracy_by_kind"}
+    again = json.loads((run / "audio_again.json").read_text())
+    assert again["clean_identical"] and again["n"] == 32 and set(again["distracted"]) == set(again["before"])
+    heard = {name: json.loads((run / name / "predictions.json").read_text())
+             for name in ("", "audio", "video", "shuffled")}
+    alone = {name: json.loads((smoke / f"video/{name}_s0/predictions.json").read_text()) for name in ("audio", "video")}
+    ids = [[i["id"] for i in items] for items in (*heard.values(), *alone.values())]
+    assert all(found == ids[0] for found in ids)
+    decision = json.loads((smoke / "phase3/decision.json").read_text())
+    assert decision["decision"] == "keep" and len(decision["tries"]) == 1
+    done = subprocess.run([sys.executable, "bootstrap.py", "compare", run, run / "audio", "--metrics", "cider_d",
+                           "--resamples", "200"], cwd=smoke.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for value in ("0", "1e-2", "1"):
+        assert (smoke / f"retention/gate_l2_{value}_s0/retention.json").exists()
+
+
 def test_started_again_nothing_is_redone(smoke):
-    before = {p: p.stat().st_mtime_ns for p in smoke.rglob("*/result.json")}
+    before = {p: p.stat().st_mtime_ns for p in smoke.rglob("*/result.json") if "export" not in p.parts}  # copies
     done = subprocess.run(["bash", "run_all.sh"], cwd=smoke.parent.parent, capture_output=True, text=True,
                           env={**os.environ, "SMOKE": "1", "SEEDS": "0", "VENV": str(Path(sys.executable).parent.parent)})
     assert done.returncode == 0 and len(before) > 5
-    assert before == {p: p.stat().st_mtime_ns for p in smoke.rglob("*/result.json")}
+    assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
 def test_a_one_off_command_from_a_dry_run_works(smoke):
@@ -85,17 +152,22 @@ def test_a_one_off_command_from_a_dry_run_works(smoke):
 
 STUB = r"""#!/usr/bin/env bash
 # stands in for python: fails or sleeps as told, and leaves what the real scripts leave
-case "$*" in -c*) exit 0 ;; esac
+case "$*" in -c*importlib*) exit 0 ;; -c*) exec REAL "$@" ;; esac
 out=""; for ((i = 1; i <= $#; i++)); do [ "${!i}" = --out ] && { j=$((i + 1)); out=${!j}; }; done
 case $1 in
 train.py)
-    echo "start $(basename "$out") ${CUDA_VISIBLE_DEVICES:-cpu}" >>calls.txt
+    echo "start ${out#exp/} ${CUDA_VISIBLE_DEVICES:-cpu}" >>calls.txt
     [[ "$out" == *"${STUB_FAIL:-none}"* ]] && { echo "the reason it failed"; exit 3; }
+    mkdir -p "$out"; [[ "$out" == *core/additive* ]] && { sleep 0.3; echo "{}" >"$out/stable.json"; }
     sleep "${STUB_SLEEP:-0.1}" & wait $!
-    echo "end $(basename "$out")" >>calls.txt
-    mkdir -p "$out"; echo "{}" >"$out/training.json" ;;
+    echo "end ${out#exp/}" >>calls.txt
+    good=0; [[ "$out" == *_l6_* ]] && good=2; [[ "$out" == *_n8_h768_* ]] && good=$((good + 1))
+    echo "{\"best\": {\"val_spider_lite\": $good}}" >"$out/training.json" ;;
 evaluate.py)
-    for word in "$@"; do [ -d "$word" ] && { echo "{}" >"$word/result.json"; echo "{}" >"$word/retention.json"; }; done ;;
+    [ "$2" = decide ] && { echo "decide $(grep -o try <<<"$*" | wc -l)" >>calls.txt; exit "${STUB_DECISION:-0}"; }
+    for word in "$@"; do
+        [ -d "$word" ] && for name in result retention audio_again; do echo "{}" >"$word/$name.json"; done
+    done ;;
 esac
 exit 0
 """
@@ -105,13 +177,13 @@ exit 0
 def stubbed(tmp_path):
     shutil.copy(ROOT / "run_all.sh", tmp_path)
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/python").write_text(STUB)
+    (tmp_path / "bin/python").write_text(STUB.replace("REAL", sys.executable))
     (tmp_path / "bin/python").chmod(0o755)
 
     def start(**env):
         return subprocess.Popen(["bash", "run_all.sh"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                 text=True, env={**os.environ, "VENV": str(tmp_path), "SEEDS": "0 1", "EXP": "exp",
-                                                **env},
+                                                "PHASES": "0 1", **env},
                                 # what a shell started in the background ignores, no trap can get back
                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     start.folder = tmp_path
@@ -126,11 +198,30 @@ def test_all_jobs_run_once(stubbed):
     process = stubbed(JOBS="3")
     assert process.wait(60) == 0
     started = [c.split()[1] for c in calls(stubbed.folder) if c.startswith("start")]
-    assert sorted(started) == sorted(["overfit"] + [f"{s}_s{k}" for s in SYSTEMS for k in (0, 1)])
+    core = [f"core/{s}_s{k}" for s in SYSTEMS for k in (0, 1)]
+    clotho = [f"clotho/{s}_s{k}" for s in ("additive", "additive_init", "cross_attention") for k in (0, 1)]
+    assert sorted(started) == sorted(["sanity/overfit", *core, *clotho])
+
+
+def test_sweeps_start_beside_phase_1_and_go_on_from_what_won(stubbed):
+    """Layers once additive is stable, while others still train; the grid on the best layers, the losses on the best."""
+    assert stubbed(PHASES="1 2", JOBS="20", STUB_SLEEP="1.5", SEEDS="0").wait(60) == 0
+    lines = [c.split() for c in calls(stubbed.folder)]
+    order = {(what, name): k for k, (what, name, *_) in enumerate(lines)}
+    layers = [f"ablation/additive_l{l}_n16_h512_c0.1_s0" for l in ("3", "6", "3-6")]
+    for name in layers:
+        assert order["start", name] < order["end", "core/additive_s0"]
+    grid = [f"ablation/additive_l6_n{n}_h{h}_c0.1_s0" for n in (8, 16) for h in (512, 768)]
+    losses = [f"ablation/{s}_l6_n8_h768_c{c}_s0" for s, c in (("additive", 0), ("cross_attention", 0.1),
+                                                           ("cross_attention", 0))]
+    started = [name for what, name, *_ in lines if what == "start" and name.startswith("ablation")]
+    assert sorted(started) == sorted({*layers, *grid, *losses})                # none twice
+    assert max(order["end", n] for n in layers) < min(order["start", n] for n in {*grid} - {*layers})
+    assert max(order["end", n] for n in grid) < min(order["start", n] for n in losses)
 
 
 def test_a_failed_job_is_named_and_only_it_runs_again(stubbed):
-    process = stubbed(STUB_FAIL="concat_s1")
+    process = stubbed(STUB_FAIL="core/concat_s1")
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 1
     assert out.strip().splitlines()[-1].endswith("jobs failed: core/concat_s1") and "the reason it failed" in out
@@ -138,14 +229,31 @@ def test_a_failed_job_is_named_and_only_it_runs_again(stubbed):
     assert len(ended) == 10  # overfit and the nine others
     (stubbed.folder / "calls.txt").unlink()
     assert stubbed().wait(60) == 0
-    assert [c for c in calls(stubbed.folder) if c.startswith("start")] == ["start concat_s1 cpu"]
+    again = [c for c in calls(stubbed.folder) if c.startswith("start") and "clotho/" not in c]  # Clotho had to wait
+    assert again == ["start core/concat_s1 cpu"]
 
 
 def test_a_failed_sanity_phase_stops_everything(stubbed):
-    process = stubbed(STUB_FAIL="overfit")
+    process = stubbed(STUB_FAIL="sanity/overfit")
     process.communicate(timeout=60)
     assert process.returncode == 1
-    assert [c for c in calls(stubbed.folder) if c.startswith("start")] == ["start overfit cpu"]
+    assert [c for c in calls(stubbed.folder) if c.startswith("start")] == ["start sanity/overfit cpu"]
+
+
+@pytest.mark.parametrize("decision, tries, status", [("0", 1, 0), ("3", 3, 1), ("2", 1, 1)])
+def test_the_loop_of_the_video_branch(stubbed, decision, tries, status):
+    """Kept, it ends; beyond the tolerance the penalty is raised twice; a mistake ends it at once."""
+    process = stubbed(PHASES="3", STUB_DECISION=decision)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == status, out
+    names = [c.split()[1] for c in calls(stubbed.folder) if c.startswith("start")]
+    assert [n for n in names if "try" in n] == [f"video/both_try{k}_s0" for k in range(1, tries + 1)]
+    assert [c for c in calls(stubbed.folder) if c.startswith("decide")] == [f"decide {k}" for k in range(1, tries + 1)]
+    commands = [(stubbed.folder / f"exp/video/both_try{k}_s0/cmd.txt").read_text() for k in range(1, tries + 1)]
+    assert [c.split("--gate-l2 ")[1].split()[0] for c in commands] == ["1e-4", "1e-3", "1e-2"][:tries]
+    assert ("after 3 tries video still costs more than 25" in out) is (decision == "3")
+    if decision != "2":  # whatever was decided, all else is done
+        assert set(names) >= {"video/audio_s0", "video/video_s0", *(f"retention/gate_l2_{v}_s0" for v in ("0", "1e-2", "1"))}
 
 
 def test_gpus_are_a_free_list(stubbed):

@@ -2,16 +2,19 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT, python
 
 import data
+import evaluate
 import train
 
 
@@ -85,7 +88,7 @@ def test_collapse_is_named(change, word):
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    run(world, out, "--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-4")
+    run(world, out, "--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-6")
     return out
 
 
@@ -103,11 +106,72 @@ def test_a_run_leaves_what_is_promised(finished):
     assert summary["stages"]["xe"]["best_step"] in (4, 8)
 
 
+def test_beside_another_branch(world, finished, tmp_path):
+    """Beside a closed one it is alone, to the bit; an open one acts at its own layers, whichever the new one's are."""
+    closed = tmp_path / "older"
+    shutil.copytree(finished, closed)
+    state = safetensors.torch.load_file(closed / "fusion.safetensors")
+    safetensors.torch.save_file({k: v * ("gate" not in k) for k, v in state.items()}, closed / "fusion.safetensors")
+    before = {p: p.read_bytes() for p in [*finished.glob("fusion.*"), *closed.glob("fusion.*")]}
+    runs = {"alone": [], "closed": ["--beside", closed], "open": ["--beside", finished, "--gate-init", "0"],
+            "higher": ["--beside", finished, "--gate-init", "0", "--layers", "5"]}
+    for name, more in runs.items():
+        run(world, tmp_path / name, "--dataset", "av", "--data", world / "data/av", "--modality", "video", "--encoder",
+            world / "models/timesformer", "--contrastive", "0", "--steps", "2", "--eval-every", "2", *more)
+    losses = {name: log_of(tmp_path / name, "step")[0]["xe"] for name in runs}
+    files = {name: (tmp_path / name / "fusion.safetensors").read_bytes() for name in runs}
+    assert losses["alone"] == losses["closed"] and files["alone"] == files["closed"]
+    # before the first step the new branch says nothing: what is seen is the older one at work, also below layer 5
+    assert losses["open"] == pytest.approx(losses["higher"], rel=1e-5)
+    assert abs(losses["open"] - losses["alone"]) > 1e-3 and files["open"] != files["alone"]
+    assert all(p.read_bytes() == old for p, old in before.items())
+    assert json.loads((tmp_path / "open/config.json").read_text())["beside"] == str(finished)
+
+
+def test_questions_and_answers(world, tmp_path):
+    """Each clip's own question is its prompt, only the answer is learned, and the score is accuracy."""
+    root, asked = tmp_path / "qa", ["Which way does it move?", "What is heard?", "Is the shape red?"]
+    root.mkdir()
+    (root / "videos").symlink_to(world / "data/av/videos")
+    for split, n in (("train", 16), ("val", 8), ("test", 8)):
+        rows = [f"{split}_{i:04d}.mp4,{asked[i % 3]},{['left', 'a dog', 'yes', 'no'][i % 4]}" for i in range(n)]
+        (root / f"{split}.csv").write_text("\n".join(["file_name,question,answer", *rows]) + "\n")
+    out = tmp_path / "run"
+    av = ["--dataset", "av", "--data", root, "--modality", "video", "--encoder", world / "models/timesformer",
+          "--contrastive", "0", "--gate-init", "0", "--steps", "2", "--eval-every", "2"]
+    run(world, out, *av)
+    assert 0 <= log_of(out, "validation")[0]["val_accuracy"] <= 1
+    # with gates that are closed at the start, the first loss is the backbone's own
+    clips, backbone = data.read_split("av", root, "train").clips, evaluate.load_backbone(str(world / "models/llava"), "cpu")
+    nll = tokens = 0
+    for c, _ in train.Order([1] * 16, 0).step(0, 8):
+        prompt, _ = backbone.prompt(clips[c].question)
+        answer = backbone.caption_ids(clips[c].question, clips[c].references[0])
+        with torch.no_grad():
+            logits = backbone.llava(input_ids=torch.tensor([prompt + answer])).logits[:, len(prompt) - 1:-1]
+        nll -= evaluate.token_logprobs(logits, torch.tensor([answer])).sum().item()
+        tokens += len(answer)
+    assert log_of(out, "step")[0]["xe"] == pytest.approx(nll / tokens, rel=1e-4)
+    evaluate.main(["caption", str(out), "--beams", "1"])
+    items, result = (json.loads((out / f"{name}.json").read_text()) for name in ("predictions", "result"))
+    assert result["accuracy"] == pytest.approx(sum(i["prediction"] in i["references"] for i in items) / 8)
+    assert [i["question"] for i in items] == [asked[i % 3] for i in range(8)]
+    done = run(world, tmp_path / "other", *av, "--scst", "auto", check=False)
+    assert done.returncode == 2 and "has questions" in done.stderr
+
+
+def test_a_branch_that_does_not_fit_beside_another_is_refused(world, finished, tmp_path):
+    done = run(world, tmp_path / "run", "--beside", finished, check=False)
+    assert done.returncode == 2 and "not for audio" in done.stderr and "Traceback" not in done.stderr
+    done = run(world, tmp_path / "run", "--beside", finished, "--scst", "auto", check=False)
+    assert done.returncode == 2 and "--scst off" in done.stderr
+
+
 def test_a_killed_run_ends_in_the_same_bytes(world, finished, tmp_path):
     """SIGKILL in XE before and after the first saved state, and in SCST; then started again."""
     out = tmp_path / "killed"
     command = [sys.executable, str(ROOT / "train.py"),
-               *map(str, flags(world, out, "--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-4"))]
+               *map(str, flags(world, out, "--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-6"))]
     marks = ['"step": 0', '"step": 4', '"stage": "scst", "step": 1']
     for mark in marks:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
@@ -130,11 +194,42 @@ def test_a_killed_run_ends_in_the_same_bytes(world, finished, tmp_path):
 
 def test_a_finished_run_is_skipped_and_a_changed_flag_is_named(world, finished):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
-    same = ["--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-4"]
+    same = ["--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-6"]
     assert "finished already" in run(world, finished, *same).stdout
     done = run(world, finished, *same, "--seed", "5", check=False)
     assert done.returncode == 2 and "holds a run with --seed 0, not 5" in done.stderr
     assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+
+
+def test_reranked_validations_after_stable_and_scst_now(world, finished, tmp_path):
+    """--scst now goes on from a finished XE run, or from an unfinished one, and is refused where there is none."""
+    out = tmp_path / "run"
+    now = ["--scst", "now", "--scst-steps", "4", "--scst-lr", "1e-6", "--reward", "spider_lite"]
+    done = run(world, out, *now, check=False)
+    assert done.returncode == 2 and "no run" in done.stderr and not out.exists()
+    run(world, out, "--patience", "1", "--steps", "12")
+    xe, lines = (out / "fusion.safetensors").read_bytes(), (out / "log.jsonl").read_text()
+    refused = run(world, out, "--patience", "1", "--steps", "12", "--scst", "auto", check=False)
+    assert refused.returncode == 2 and "--scst off, not auto" in refused.stderr
+    run(world, out, "--patience", "1", "--steps", "12", *now)
+    assert (out / "fusion.safetensors").read_bytes() == xe and (out / "scst/fusion.safetensors").exists()
+    assert (out / "log.jsonl").read_text().startswith(lines)
+    stages = json.loads((out / "training.json").read_text())["stages"]
+    assert set(stages) == {"xe", "scst"} and json.loads((out / "config.json").read_text())["scst"] == "now"
+    assert "finished already" in run(world, out, "--patience", "1", "--steps", "12", *now).stdout
+    for v in log_of(out, "validation") + log_of(finished, "validation"):
+        assert ("val_reranked" in v) is (v["stage"] == "scst"), v    # in these short runs XE ends where it is stable
+        if v["stage"] == "scst":
+            assert v["val_oracle"] >= max(v["val_reranked"], v["val_spider_lite"])
+
+
+def test_an_absurd_rate_trips_the_guard_and_leaves_xe_alone(world, finished, tmp_path):
+    out = tmp_path / "run"
+    run(world, out, "--scst", "auto", "--scst-steps", "12", "--scst-lr", "10")
+    assert (out / "fusion.safetensors").read_bytes() == (finished / "fusion.safetensors").read_bytes()
+    scst_stage = json.loads((out / "training.json").read_text())["stages"]["scst"]
+    assert scst_stage["reason"].startswith("collapse") and scst_stage["best"] is None
+    assert not (out / "scst").exists()
 
 
 def test_two_processes_are_one(world, tmp_path):
@@ -163,7 +258,6 @@ def test_what_is_not_finite_is_named(world, tmp_path, monkeypatch):
         train.main([str(f) for f in flags(world, tmp_path / "nan")])
     assert culprit in str(e.value) and "step" in str(e.value)
     assert (tmp_path / "nan/fusion.safetensors").exists() or "step 5" not in str(e.value)
-    import safetensors.torch
     saved = safetensors.torch.load_file(tmp_path / "nan/fusion.safetensors")
     assert all(v.isfinite().all() for v in saved.values())
 
