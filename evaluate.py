@@ -158,15 +158,22 @@ def attached(backbone, branches, which, slots=None):
 
 
 def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0):
-    """k beams or k samples of each row of a prompt (B, P), in order -> (B * k, P + T). Attach before calling."""
-    from transformers import GenerationConfig, LogitsProcessorList
+    """k beams or k samples of each row of a prompt (B, P), in order -> (B * k, P + T). Attach before calling.
+
+    The prompt is read once a row, and not k times as generate() would: it gets the keys and values of all positions
+    but the last.
+    """
+    from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+    cache = DynamicCache(config=backbone.decoder.config)
+    backbone.decoder(input_ids=prompt[:, :-1], past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(k)
     config = GenerationConfig(
         max_new_tokens=MAX_NEW_TOKENS, num_beams=1 if sampling else k, num_return_sequences=k, do_sample=sampling,
         **(dict(top_p=top_p, top_k=0) if sampling else {}), eos_token_id=backbone.eos, pad_token_id=backbone.pad,
         bos_token_id=backbone.tokenizer.bos_token_id)
     warp = LogitsProcessorList([lambda _, logits: logits / temperature] if sampling else [])
     return backbone.llava.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt),
-                                   generation_config=config, logits_processor=warp)
+                                   generation_config=config, logits_processor=warp, past_key_values=cache)
 
 
 def lengths(new, eos):

@@ -200,6 +200,30 @@ class Order:
         return out
 
 
+# ---------------------------------------------------------------- samples that share their prompt
+
+def pack(prompt, samples):
+    """K samples of each clip behind one prompt, so that the prompt is read once and not K times.
+
+    prompt (B, P), samples (B * K, T) -> ids (B, L), L = P + K * T, and what the decoder must know of them: positions,
+    as if each sample followed the prompt alone, and a mask by which no sample sees another.
+    """
+    (B, P), (rows, T) = prompt.shape, samples.shape
+    K, device = rows // B, prompt.device
+    after = torch.arange(P, P + T, device=device).repeat(K)
+    position = torch.cat([torch.arange(P, device=device), after])                                  # (L,)
+    whose = torch.cat([position.new_full((P,), -1), torch.arange(K, device=device).repeat_interleave(T)])
+    seen = (position <= position[:, None]) & ((whose == -1) | (whose == whose[:, None]))           # (L, L)
+    return (torch.cat([prompt, samples.reshape(B, K * T)], 1),
+            {"position_ids": position[None], "attention_mask": seen[None, None].expand(B, -1, -1, -1)})
+
+
+def unpack(hidden, P, K):
+    """States (B, P + K * T, D) of packed samples -> (B * K, T, D): those that predict each sample's tokens."""
+    own = hidden[:, P:].unflatten(1, (K, -1))                                                      # (B, K, T, D)
+    return torch.cat([hidden[:, None, P - 1:P].expand(-1, K, -1, -1), own[:, :, :-1]], 2).flatten(0, 1)
+
+
 # ---------------------------------------------------------------- one process among several
 
 def dist_rank():
@@ -550,9 +574,11 @@ def main(argv=None):
             with torch.no_grad(), backbone.autocast(), fusion.attach(decoder, frames, mask, where(len(mine))):
                 ids = torch.tensor([prompt] * len(mine), device=backbone.device)
                 rows = evaluate.generate(backbone, ids, K, True, args.scst_temperature)  # (B * K, P + T)
-                states = trunk(input_ids=rows, use_cache=False).last_hidden_state
-            new = rows[:, P:]
-            length, ended = evaluate.lengths(new, backbone.eos)
+                new = rows[:, P:]
+                length, ended = evaluate.lengths(new, backbone.eos)
+                new = new[:, :length.max()]
+                packed, how = pack(ids, new)
+                states = trunk(input_ids=packed, use_cache=False, **how).last_hidden_state    # (B, P + K * T, D)
             texts = [scst.words(backbone.text(row[:n])) for row, n in zip(new.tolist(), length.tolist())]
             targets = [references[c] for c in mine for _ in range(K)]
             r = reward.score_many(texts, targets, ended.tolist())
@@ -560,8 +586,8 @@ def main(argv=None):
                 r = (r + torch.tensor([evaluate.spice_lite(t, ref) for t, ref in zip(texts, targets)])) / 2
             r = r.view(len(mine), K).to(backbone.device)
             with backbone.autocast(), fusion.attach(decoder, frames, mask, where(len(mine))):
-                hidden = head(inputs_embeds=states, use_cache=False).last_hidden_state[:, P - 1:-1]
-                logprobs = evaluate.token_logprobs(lm_head(hidden) / args.scst_temperature, new)   # (B * K, T)
+                hidden = head(inputs_embeds=states, use_cache=False, **how).last_hidden_state
+                logprobs = evaluate.token_logprobs(lm_head(unpack(hidden, P, K)) / args.scst_temperature, new)
             real = torch.arange(new.shape[1], device=new.device) < length[:, None]
             loss = scst.scst_loss(logprobs.view(len(mine), K, -1), real.view(len(mine), K, -1),
                                   scst.leave_one_out(r)) / len(parts) / world

@@ -15,6 +15,7 @@ from conftest import ROOT, python
 
 import data
 import evaluate
+import fusion as fusions
 import train
 
 
@@ -66,6 +67,35 @@ def test_order_is_a_function_of_seed_and_step():
     five = train.Order([5] * 4, seed=0)
     drawn = [r for s in range(40) for _, r in five.step(s, 4)]
     assert set(drawn) == set(range(5))
+
+
+@pytest.mark.parametrize("kind", fusions.SYSTEMS)
+def test_samples_behind_one_prompt_are_samples_behind_their_own(world, kind):
+    """Log-probabilities and gradients, for two clips of three samples each."""
+    backbone = evaluate.load_backbone(str(world / "models/llava"), "cpu")
+    torch.manual_seed(0)
+    fusion = fusions.build(kind, backbone.decoder, encoder_width=8, layers=[3, 6], tokens=4, hidden=16)
+    if fusion.has_gate:
+        fusion.set_gates(0.3)
+    ids, slots = (x and torch.tensor([x] * 2) for x in backbone.prompt(evaluate.SOUND_PROMPT, 4 * (kind == "concat")))
+    new, P = torch.randint(5, 300, (6, 7)), ids.shape[1]
+    rows, (packed, how), found = torch.cat([ids.repeat_interleave(3, 0), new], 1), train.pack(ids, new), []
+    with fusion.attach(backbone.decoder):
+        trunk, head = fusions.split(backbone.decoder, 3)
+    frames = torch.randn(2, 5, 8)
+    for tokens, more in ((rows, {}), (packed, how)):
+        fusion.zero_grad()
+        with fusion.attach(backbone.decoder, frames, slots=slots):
+            states = trunk(input_ids=tokens, use_cache=False, **more).last_hidden_state
+            hidden = head(inputs_embeds=states, use_cache=False, **more).last_hidden_state
+        hidden = train.unpack(hidden, P, 3) if more else hidden[:, P - 1:-1]
+        logprobs = evaluate.token_logprobs(backbone.llava.lm_head(hidden), new)
+        logprobs[:, ::2].sum().backward()
+        found.append((logprobs.detach(), torch.cat([p.grad.flatten() for p in fusion.parameters()
+                                                    if p.grad is not None])))
+    torch.testing.assert_close(*(f[0] for f in found), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(*(f[1] for f in found), atol=1e-3, rtol=1e-3)
+    assert found[0][1].abs().max() > 0.1
 
 
 def test_schedule():
