@@ -232,9 +232,9 @@ def table_decoding(folder, runs, metric):
 
 def table_retention(folder, runs, metric):
     def row(run):
-        more = {"retention": f", gate L2 {run['config'].get('gate_l2')}", "video": f", {base(run)}"}
-        return label(run) + more.get(run["phase"], "")
-    kept = [r for r in runs if asked(r, "backbone") is not None and r["phase"] in ("core", "retention", "video")]
+        penalty = f", gate L2 {run['config'].get('gate_l2'):g}, {run['config'].get('steps')} steps"
+        return label(run) + {"ablation": penalty, "retention": penalty, "video": f", {base(run)}"}.get(run["phase"], "")
+    kept = [r for r in runs if asked(r, "backbone") is not None and r["phase"] in ("core", "ablation", "retention", "video")]
     groups = grouped(kept, row)
     found = {c for group in groups.values() for r in group for c in r["retention"]["conditions"]} - {"backbone"}
     names, rows = [*CONDITIONS, *sorted(found - CONDITIONS.keys())], []
@@ -470,13 +470,13 @@ def figure_pareto(folder, runs, metric):
 def figure_frontier(folder, runs, metric):
     """Stability frontier: test {name} against accuracy on {questions} questions about pictures beside an unrelated
     clip, a point a run with 95% intervals. Numbers on the line: weight of the gates' L2 penalty, means over seeds."""
-    found = [r for r in finished(runs, "core", "retention") if asked(r, "unrelated_clip") is not None]
+    found = [r for r in finished(runs, "core", "ablation", "retention") if asked(r, "unrelated_clip") is not None]
     figure, ax = start_figure(height=4.0)
     for run in sum(grouped([r for r in found if r["phase"] == "core"]).values(), []):
         x, ci = 100 * asked(run, "unrelated_clip"), asked(run, "unrelated_clip", "accuracy_ci95")
         ax.errorbar(x, first_beam(run)[metric], half_width(run, metric), ci and [[x - 100 * ci[0]], [100 * ci[1] - x]],
                     ls="", **style(run), ms=7, elinewidth=0.7, label=label(run))
-    for family in sweep(found, "gate_l2"):
+    for family in sweep([r for r in found if r["phase"] != "core"], "gate_l2"):
         points = [(np.mean([100 * asked(r, "unrelated_clip") for r in group]),
                    np.mean([first_beam(r)[metric] for r in group])) for _, group in family]
         ax.plot(*zip(*points), color="black", lw=0.9, marker=".", label=f"{label(family[0][1][0])}, gate L2", zorder=4)

@@ -41,7 +41,7 @@ tiny)
         [concat]="--lr 3e-3 --lr-adapter 3e-3" [unfreeze]="--lr 3e-3 --lr-adapter 3e-3"
         [data_only]="--lr 3e-3 --lr-adapter 3e-3")
     OVERFIT="--limit 1000 --batch-size 32 --steps 72 --eval-every 24"
-    PROBE=200
+    PROBE=200; SNR="20 10 5 0 -5"
     # hundredths that video may cost the others; 0.5 is the study's, but a small model is easily distracted
     TOLERANCE=${TOLERANCE:-$([ "$SMOKE" = 1 ] && echo 100 || echo 25)}
     VIDEO="--batch-size 32 --steps 100 --eval-every 50 --lr 6e-3 --lr-adapter 6e-3"
@@ -49,13 +49,14 @@ tiny)
         TRAIN="--batch-size 16 --micro-batch 16 --steps 6 --eval-every 3"
         SCST="--scst auto --scst-steps 2"; TRAIN_CLOTHO=$TRAIN; SHORT=$TRAIN
         OVERFIT="--limit 32 --batch-size 16 --micro-batch 16 --steps 30 --eval-every 15"
-        PROBE=20; VIDEO="--batch-size 16 --micro-batch 16 --steps 6 --eval-every 3"
+        PROBE=20; SNR="10 -5"; VIDEO="--batch-size 16 --micro-batch 16 --steps 6 --eval-every 3"
     fi ;;
 full)
     AUDIOCAPS=${AUDIOCAPS:-data/audiocaps}; CLOTHO=${CLOTHO:-data/clotho}; QA=${QA:-data/qa/test.json}
     LLAVA=${LLAVA:-llava-hf/llava-1.5-7b-hf}; CLAP=${CLAP:-laion/clap-htsat-unfused}
     TOLERANCE=${TOLERANCE:-0.5}; AV=${AV:-data/av}; TIMESFORMER=${TIMESFORMER:-facebook/timesformer-base-finetuned-k400}
     LAYERS="12 24"; TOKENS=16; HIDDEN=768; TRAIN=""; TRAIN_CLOTHO=""; VIDEO=""; SCST="--scst auto"; PROBE=1000
+    SNR="20 10 5 0 -5"
     SHORT="--steps 500 --patience 1"
     declare -A RATES=()
     OVERFIT="--limit 1000 --batch-size 64 --steps 300 --eval-every 75" ;;
@@ -195,7 +196,6 @@ phase_0() {   # do the parts work? a closed gate is no gate; a small set can be 
         --dataset audiocaps --data "$AUDIOCAPS" $OVERFIT ${RATES[additive]:-} --seed 0
     drain
     THREADS=$(( CORES > 1 ? CORES / 2 : 1 ))
-    evaluate caption result.json sanity sanity/overfit -- --split val --beams 1
     evaluate retention retention.json sanity sanity/overfit -- --qa "$QA" --limit $((PROBE / 2))
     drain
     job sanity/check "" "$PYTHON" evaluate.py check "$EXP/sanity/overfit" $([ "$SMOKE" = 1 ] && echo --exact-only)
@@ -353,7 +353,7 @@ phase_5() {   # appendix: gates that start elsewhere, noise in the sound
     for system in additive cross_attention concat; do
         for seed in $SEEDS; do noisy+=("core/${system}_s$seed"); done
     done
-    evaluate robustness robustness.json appendix "${noisy[@]}" -- --snr 20 10 5 0 -5 --noise white clip
+    evaluate robustness robustness.json appendix "${noisy[@]}" -- --snr $SNR --noise white clip
     drain
     evaluate caption result.json appendix "${gates[@]}" -- --split test --beams 5
     drain
@@ -361,6 +361,7 @@ phase_5() {   # appendix: gates that start elsewhere, noise in the sound
 
 phase_3() {   # what is kept: after SCST, and along the gates' penalty; then video beside sound
     local seed=${SEEDS%% *} try run kept="" penalty=(0 1e-2 1) runs=() tries=()
+    ablation additive "$LAYERS" $TOKENS $HIDDEN 0.1   # the penalties' own point at 1e-4, the layer sweep's run
     local common=(--fusion additive --layers $LAYERS --tokens $TOKENS --hidden $HIDDEN --seed "${SEEDS%% *}")
     local av=("${common[@]}" --dataset av --data "$AV" $VIDEO)
     for try in 1 2 3; do   # the video branch, its gates' penalty raised tenfold while it costs too much
@@ -369,23 +370,23 @@ phase_3() {   # what is kept: after SCST, and along the gates' penalty; then vid
             train "$run" "${av[@]}" --modality video --encoder "$TIMESFORMER" --beside "$EXP/core/additive_s$seed" \
                 --gate-l2 "1e-$((5 - try))"
         fi
-        # meanwhile: each modality alone, and the penalties of the sound's gates; 1e-4 is core's
+        # meanwhile: each modality alone, and the penalties of the sound's gates
         [ $try = 1 ] && train "video/audio_s$seed" "${av[@]}" --modality audio
         [ $try = 1 ] && train "video/video_s$seed" "${av[@]}" --modality video --encoder "$TIMESFORMER"
         runs+=("retention/gate_l2_${penalty[try - 1]}_s$seed")
-        train "${runs[-1]}" "${common[@]}" --contrastive 0.1 --dataset audiocaps --data "$AUDIOCAPS" $TRAIN \
+        train "${runs[-1]}" "${common[@]}" --contrastive 0.1 --dataset audiocaps --data "$AUDIOCAPS" $SHORT \
             ${RATES[additive]:-} --gate-l2 "${penalty[try - 1]}"
         [ -z "$kept" ] || continue
         settle "$EXP/$run/training.json"
         evaluate again audio_again.json "$run" "$run" --
         evaluate retention retention.json "$run" "$run" -- --qa "$QA" --limit "$PROBE"
-        evaluate caption result.json "$run" "$run" --
+        evaluate caption shuffled/result.json "$run" "$run" -- --hear all audio video shuffled
         settle "$EXP/$run/"{audio_again,retention,result}.json
         decide "${tries[@]}" && kept=$run
     done
     drain
-    evaluate caption shuffled/result.json "$run" "$run" -- --hear audio video shuffled
-    evaluate caption result.json video {video/{audio,video},retention/gate_l2_{0,1e-2,1}}"_s$seed" --
+    runs+=("ablation/additive_l${LAYERS// /-}_n${TOKENS}_h${HIDDEN}_c0.1_s$seed")
+    evaluate caption result.json video video/{audio,video}"_s$seed" "${runs[@]}" --
     for run in "$EXP"/core/additive_s*/scst/fusion.json; do   # what self-critical training forgot
         [ -e "$run" ] && run=${run%/fusion.json} && runs+=("${run#"$EXP/"}")
     done

@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"  # a folder that is not there would be looked up as a hub name
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -31,7 +32,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def smoke_started(world, tmp_path_factory):
-    """`SMOKE=1 bash run_all.sh` in a copy of the repository, one job at a time: (the copy's folder, its process)."""
+    """Every phase of `SMOKE=1 bash run_all.sh` in a copy of the repository, one job at a time: (its folder, process)."""
     copy = tmp_path_factory.mktemp("clone with space")  # a path with a space breaks what is not quoted
     for path in ROOT.iterdir():
         if path.suffix in (".py", ".sh", ".txt"):
@@ -41,7 +42,7 @@ def smoke_started(world, tmp_path_factory):
     with open(copy / "output.txt", "w") as out:
         process = subprocess.Popen(
             ["bash", "run_all.sh"], cwd=copy, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "SMOKE": "1", "SEEDS": "0", "JOBS": "1", "THREADS": "1",
+            env={**os.environ, "SMOKE": "1", "SEEDS": "0", "PHASES": "0 1 2 3 4 5", "JOBS": "1", "THREADS": "1",
                  "VENV": str(Path(sys.executable).parent.parent)})
     yield copy, process
     if process.poll() is None:

@@ -116,7 +116,9 @@ def study(folder):
     for system in ("additive", "cross_attention"):
         fake_run(folder, f"ablation/loss_{system}_xe_s0", system, 0, LEVEL[system] - 0.05, contrastive=0.0)
     for value, level, kept in ((0, 0.8, 0.89), (1e-2, 0.7, 0.93), (1, 0.4, 0.955)):
-        retention(fake_run(folder, f"retention/gate_l2_{value}_s0", "additive", 0, level, gate_l2=value), kept)
+        retention(fake_run(folder, f"retention/gate_l2_{value}_s0", "additive", 0, level, gate_l2=value,
+                           steps=160), kept)
+    retention(fake_run(folder, "ablation/additive_l3-6_n16_h512_c0.1_s0", "additive", 0, 0.75, steps=160), 0.9)
     for value in (0, 0.2, 1):
         fake_run(folder, f"appendix/gate_{value}_s0", "additive", 0, 0.7 + value / 100, gate_init=value)
     write(folder / "phase3/decision.json", {"tolerance": 0.5, "decision": "keep", "tries": [
@@ -186,18 +188,20 @@ def test_systems_are_compared_by_the_first_beam(whole):
 
 def test_a_run_that_two_tables_need_is_in_both(whole):
     report = whole[1]
-    for title, *cells in (("T3 Layers", "additive", "3 6", "320"), ("T3 Tokens", "additive", "16", "512"),
+    for title, *cells in (("T3 Layers", "additive", "3 6"), ("T3 Tokens", "additive", "16", "512"),
                           ("T3 Losses", "additive", "0.1"), ("Gate reg", "additive", "0.0001"),
                           ("Appendix: gates", "additive", "0.05")):
-        assert row(report, title, *cells)[-1] == "`core/additive_s{0,1}`"
+        assert row(report, title, *cells, "320")[-1] == "`core/additive_s{0,1}`"
+    for title, *cells in (("T3 Layers", "additive", "3 6"), ("Gate reg", "additive", "0.0001")):
+        assert row(report, title, *cells, "160")[-1] == "`ablation/additive_l3-6_n16_h512_c0.1_s0`"
     assert row(report, "T3 Layers", "additive", "3", "160")[9] == "3: 0.262"  # its gate, and its shorter schedule
     assert "data-only" not in report.split("## T3 Layers")[1].split("## T3 Reranker")[0]
     section = report.split("## T3 Layers")[1].split("## T3 Tokens")[0]
-    assert section.count("\n| additive") == 3  # what differs in tokens too is in another family
+    assert section.count("\n| additive") == 4  # what differs in tokens too is in another family
 
 
 def test_retention_has_an_interval_for_one_seed_and_a_deviation_for_two(whole):
-    found = row(whole[1], "T5", "additive, gate L2 0.01", "1")
+    found = row(whole[1], "T5", "additive, gate L2 0.01, 160 steps", "1")
     assert found[5] == "93.0 [90.0, 95.0]" and found[-2] == "yes"
     assert row(whole[1], "T5", "additive", "2")[5:8] == ["91.3 ± 0.0", "93.0 ± 0.0", "95.0 ± 0.0"]
     assert row(whole[1], "T5", "backbone")[2] == "96.5 [93.5, 98.5]"
