@@ -278,7 +278,7 @@ def read_qa(path, images=None, limit=1000, seed=0):
     folder = Path(images) if images else beside if beside.is_dir() else path.parent
     absent = [name for _, name, *_ in chosen if not os.path.isfile(folder / name)]
     if absent:
-        raise InputError(f"{path}: {len(absent)} of {len(chosen)} chosen images, such as {absent[0]}, "
+        raise InputError(f"{path}: {len(absent)} of {len(chosen)} chosen images, such as {absent[0][:80]}, "
                          f"are not in {folder}")
     return [Question(id, folder / name, *rest) for id, name, *rest in chosen], _sha(chosen)
 

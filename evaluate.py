@@ -12,11 +12,13 @@ import data  # first: it makes torchaudio importable, which transformers needs
 from data import InputError, write_json
 
 import argparse
+import errno
 import functools
 import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import fusion as fusions
@@ -968,7 +971,7 @@ def read_predictions(path):
     """[{"id", "prediction", "references"}] of a JSON file; raises InputError naming the item that is wrong."""
     try:
         items = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({e})") from None
     if not isinstance(items, list) or not items:
         raise InputError(f"{path}: expected a list of {{id, prediction, references}}, not empty")
@@ -1080,6 +1083,13 @@ def guarded(main):
         main()
     except (InputError, fusions.FusionError) as e:
         print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except (OSError, SafetensorError) as e:
+        number = getattr(e, "errno", None) or int((re.search(r"os error (\d+)", str(e)) or [0, 0])[1])
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            raise
+        print(f"error: {getattr(e, 'filename', None) or 'disk'}: {os.strerror(number)}; what was saved before is whole, "
+              "start the same command again when there is room", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

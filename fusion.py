@@ -13,6 +13,7 @@ Legend of the shape comments: B clips, T text positions, S encoder frames, N mod
 E encoder width, H heads, R adapter rank. "Layer l" is the input of decoder block l, counted from 0.
 """
 import copy
+import hashlib
 import json
 import os
 import sys
@@ -24,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 UNFREEZE_BLOCKS = 4  # the partial-unfreeze baseline trains the top 4 decoder blocks
 
@@ -231,7 +232,7 @@ class Fusion(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
-        save_file(tensors, folder / "fusion.safetensors.tmp")
+        save_file(tensors, folder / "fusion.safetensors.tmp", metadata={"sha256": digest(tensors)})
         (folder / "fusion.json.tmp").write_text(json.dumps(asdict(self.spec), indent=1) + "\n")
         os.replace(folder / "fusion.safetensors.tmp", folder / "fusion.safetensors")
         os.replace(folder / "fusion.json.tmp", folder / "fusion.json")
@@ -398,7 +399,11 @@ def load(folder, decoder):
         spec = Spec(**json.loads((folder / "fusion.json").read_text()))
         check_backbone(spec.backbone, describe_backbone(decoder))
         fusion = _make(spec, decoder)
-        fusion.load_state_dict(load_file(folder / "fusion.safetensors"))
+        with safe_open(folder / "fusion.safetensors", "pt") as file:
+            tensors, written = {k: file.get_tensor(k) for k in file.keys()}, (file.metadata() or {}).get("sha256")
+        if written not in (None, digest(tensors)):  # one turned bit would be a slightly other model
+            raise FusionError(f"{folder / 'fusion.safetensors'}: damaged, its tensors are not those that were saved")
+        fusion.load_state_dict(tensors)
     except FileNotFoundError as e:
         raise FusionError(f"{e.filename}: no such file; a checkpoint is fusion.safetensors beside fusion.json") from e
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, RuntimeError) as e:
@@ -406,10 +411,18 @@ def load(folder, decoder):
     return fusion
 
 
+def digest(tensors):
+    """sha256 over the names and bytes of {name: tensor}."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def check_backbone(wanted, found):
     for key in wanted:
         if wanted[key] != found.get(key):
-            raise FusionError(f"this fusion belongs to another backbone: {key} is {wanted[key]} there, "
+            raise FusionError(f"this fusion belongs to another backbone: {key} is {str(wanted[key])[:60]} there, "
                               f"{found.get(key)} here")
 
 

@@ -19,7 +19,7 @@ DRY=${DRY:-0}                    # 1: print the commands, run nothing
 if [ "$SMOKE" = 1 ]; then NAME=smoke; else NAME=$SCALE; fi
 EXP=${EXP:-experiments/$NAME}    # runs, tables and figures
 
-export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+export PYTHONUNBUFFERED=1 PYTHONUTF8=1 TOKENIZERS_PARALLELISM=false
 export HF_HUB_DISABLE_TELEMETRY=1
 log() { printf '%(%H:%M:%S)T  %s\n' -1 "$*"; }
 die() { echo "error: $*" >&2; exit 2; }

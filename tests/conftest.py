@@ -33,7 +33,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smoke_started(world, tmp_path_factory):
     """Every phase of `SMOKE=1 bash run_all.sh` in a copy of the repository, one job at a time: (its folder, process)."""
-    copy = tmp_path_factory.mktemp("clone with space")  # a path with a space breaks what is not quoted
+    copy = tmp_path_factory.mktemp("clone with späce")  # breaks what is not quoted, or takes all text for ASCII
     for path in ROOT.iterdir():
         if path.suffix in (".py", ".sh", ".txt"):
             (copy / path.name).symlink_to(path)
@@ -42,8 +42,9 @@ def smoke_started(world, tmp_path_factory):
     with open(copy / "output.txt", "w") as out:
         process = subprocess.Popen(
             ["bash", "run_all.sh"], cwd=copy, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "SMOKE": "1", "SEEDS": "0", "PHASES": "0 1 2 3 4 5", "JOBS": "1", "THREADS": "1",
-                 "VENV": str(Path(sys.executable).parent.parent)})
+            preexec_fn=lambda: os.umask(0o077), env={
+                **os.environ, "SMOKE": "1", "SEEDS": "0", "PHASES": "0 1 2 3 4 5", "JOBS": "1", "THREADS": "1",
+                "HOME": "/nowhere", "LC_ALL": "C", "VENV": str(Path(sys.executable).parent.parent)})
     yield copy, process
     if process.poll() is None:
         process.terminate()

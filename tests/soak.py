@@ -2,8 +2,10 @@
 
     python tests/soak.py kill --times 10       # SIGKILL to run_all.sh and all its children, at random moments
     python tests/soak.py jobs                  # JOBS=2 against JOBS=1: the same files, and how much faster
+    python tests/soak.py fuzz --times 2000     # spoilt tables, JSON, checkpoints and command lines: read right or refused
+    python tests/soak.py media --times 500     # spoilt sounds and videos: decoded, or named
 
-Both use the smoke scale, SMOKE=1, in a temporary copy; --phases says which phases.
+The first two use the smoke scale, SMOKE=1, in a temporary copy; --phases says which phases.
 """
 import argparse
 import json
@@ -18,6 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 SCRIPTS = ("train.py", "fusion.py", "data.py", "scst.py", "evaluate.py", "bootstrap.py", "plots.py", "run_all.sh", "tests",
            "requirements.txt")
 TIMES = {"seconds", "clips_per_second", "val_seconds", "reward_seconds", "clips_a_second", "train_hours", "hardware",
@@ -117,21 +120,261 @@ def jobs(args, place, world):
     return check("jobs", found["1"], found["2"])
 
 
+# ---------------------------------------------------------------- spoilt files
+
+SPLICES = [b"", b"\0", b"\n", b'"', b",", b"../", b"/etc/passwd", b"\x1b[31m", b"\xff\xfe", b"NaN", b"1e999", b"-1", b"null",
+           b"[]", b"{}", b"[" * 3000, b"9" * 400, b"\xef\xbb\xbf", "\u202e\u2028".encode(), b"w " * 3000]
+
+
+def spoilt(rng, content):
+    """content with one to three things wrong: cut off, bits turned, a stretch lost, doubled, moved or replaced."""
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 3)):
+        a, b = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+        b = min(b, a + rng.choice([1, 8, 64, 4096]))
+        how = rng.randrange(6)
+        if how == 0:
+            del content[max(1, a):]
+        elif how == 1 and a < len(content):
+            content[a] ^= 1 << rng.randrange(8)
+        elif how == 2:
+            del content[a:b]
+        elif how == 3:
+            content[a:a] = content[a:b]
+        elif how == 4:
+            content[a:b] = rng.choice(SPLICES)
+        else:
+            part = content[a:b]
+            del content[a:b]
+            at = rng.randrange(len(content) + 1)
+            content[at:at] = part
+    return bytes(content)
+
+
+def readers(folder):
+    """{name: (content of a good file, where it goes, what reads it and returns what was wrong with what it took)}."""
+    import csv
+    import io
+
+    import bootstrap
+    import data
+    import evaluate
+    import fusion
+    import torch
+    from transformers import LlamaConfig, LlamaModel
+    sounds = [f"id{i:02d}abcdefg" for i in range(6)]
+    for name in ("audiocaps", "clotho/evaluation", "av/videos", "qa/images", "run"):
+        (folder / name).mkdir(parents=True)
+    for i, name in enumerate(sounds):
+        for place in (f"audiocaps/{name}.wav", f"clotho/evaluation/{name}.wav", f"av/videos/{name}.mp4",
+                      f"qa/images/{name}.png"):
+            (folder / place).write_bytes(b"")
+
+    def rows(head, row):
+        out = io.StringIO()
+        csv.writer(out).writerows([head, *(row(i, name) for i, name in enumerate(sounds))])
+        return out.getvalue().encode()
+
+    captions = [f'a dog barks {i} times, "loudly"' for i in range(6)]
+
+    def table(dataset):
+        def read(path):
+            split = data.read_split(dataset, path.parent, "test")
+            content = " ".join(csv_text(path).replace('"', "").split())
+            faults = [c.id for c in split.clips if not c.references or c.path.parent.resolve() == Path("/")
+                      or folder not in c.path.resolve().parents]
+            for c in split.clips:  # every text stands in the file, control characters aside
+                faults += [r for r in c.references if not all(w in content for w in r.replace('"', "").split())]
+            return faults or (len({c.id for c in split.clips}) < len(split.clips) and "an id twice")
+        return read
+
+    def csv_text(path):
+        return data._clean("", path.read_bytes().decode("utf-8-sig"), 10 ** 9)
+
+    def questions(path):
+        found, _ = data.read_qa(path)
+        return [q.id for q in found if not q.question or not q.answer or folder not in q.image.resolve().parents]
+
+    def predictions(path):
+        found, whole = evaluate.read_predictions(path), json.loads(path.read_bytes())
+        return [a for a, b in zip(found, whole, strict=True) if a != b]
+
+    def compared(path):
+        result = bootstrap.compare([bootstrap.load(path)], [bootstrap.load(folder / "good.json")], resamples=50)
+        return [m for m, r in result["metrics"].items() if not (0 < r["p"] <= 1 and abs(r["difference"]) < 1e9)]
+
+    torch.manual_seed(0)
+    decoder = LlamaModel(LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=4,
+                                     num_attention_heads=2, num_key_value_heads=2))
+    audio = fusion.build("additive", decoder, encoder_width=8, layers=[1, 2], tokens=2, hidden=4)
+    audio.save(folder / "run")
+    good = {name: (folder / "run" / name).read_bytes() for name in ("fusion.json", "fusion.safetensors")}
+
+    def checkpoint(path):
+        for name, content in good.items():
+            if name != path.name:
+                (path.parent / name).write_bytes(content)
+        loaded = fusion.load(path.parent, decoder).state_dict()
+        return [k for k, v in audio.state_dict().items() if not torch.equal(v, loaded[k])]
+
+    items = [{"id": s, "prediction": c, "references": captions, "scores": {"cider_d": i / 7, "spice_lite": 0.5}}
+             for i, (s, c) in enumerate(zip(sounds, captions))]
+    (folder / "good.json").write_text(json.dumps(items))
+    qa = [{"id": str(i), "image": f"{s}.png", "question": "How many?", "answer": str(i)} for i, s in enumerate(sounds)]
+    talks = [{"id": str(i), "image": f"{s}.png", "conversations": [
+        {"from": "human", "value": "<image>\nHow many?"}, {"from": "gpt", "value": str(i)}]} for i, s in enumerate(sounds)]
+    return {
+        "AudioCaps CSV": (rows(["audiocap_id", "youtube_id", "start_time", "caption"],
+                               lambda i, s: [i, s, 10 * i, captions[i]]), "audiocaps/test.csv", table("audiocaps")),
+        "Clotho CSV": (rows(["file_name", *(f"caption_{k}" for k in range(1, 6))], lambda i, s: [f"{s}.wav", *captions[:5]]),
+                       "clotho/clotho_captions_evaluation.csv", table("clotho")),
+        "video CSV": (rows(["file_name", "question", "answer"], lambda i, s: [f"{s}.mp4", "How many?", captions[i]]),
+                      "av/test.csv", table("av")),
+        "questions JSONL": ("\n".join(map(json.dumps, qa)).encode(), "qa/test.jsonl", questions),
+        "LLaVA JSON": (json.dumps(talks).encode(), "qa/test.json", questions),
+        "predictions.json": (json.dumps(items).encode(), "run/predictions.json", predictions),
+        "compared": (json.dumps(items).encode(), "run/scores.json", compared),
+        "fusion.json": (good["fusion.json"], "run/fusion.json", checkpoint),
+        "safetensors": (good["fusion.safetensors"], "run/fusion.safetensors", checkpoint)}
+
+
+def command_line(rng):
+    """A script's parser, and words of its own flags with values that fit or do not."""
+    import bootstrap
+    import evaluate
+    import train
+    words = ["train.py", "caption", "rerank", "retention", "compare", "seeds", "vs", "--layers", "--tokens", "--steps",
+             "--scst", "auto", "--batch-size", "--micro-batch", "--data", "--out", "--json", "--snr", "--weights", "--hear",
+             "--lr", "--fusion", "additive", "-1", "0", "3", "1e400", "nan", "", "é", "--", "x" * 200, "--seed"]
+    parse = rng.choice([train.parse_args, evaluate.parse_args, bootstrap.parse_args])
+    start = {train.parse_args: [["--data", "x", "--out", "y"], []], evaluate.parse_args: [["caption", "x"], ["decide"], []],
+             bootstrap.parse_args: [["compare", "x", "y"], []]}[parse]
+    return parse, [*rng.choice(start), *rng.choices(words, k=rng.randint(0, 6))]
+
+
+def fuzz(times, place, seed=0, seconds=20):
+    """{what: [cases, taken, refused]}, and a list of faults: another exception than ours, a wrong answer, a hang."""
+    import contextlib
+    import io
+
+    import bootstrap
+    import data
+    import fusion
+    rng, counts, faults = random.Random(seed), {}, []
+    reading = readers(place)
+    refusals = (data.InputError, bootstrap.InputError, fusion.FusionError)
+
+    def late(*_):
+        raise TimeoutError
+    signal.signal(signal.SIGALRM, late)
+    for k in range(times):
+        name = rng.choice([*reading, "command line"])
+        count = counts.setdefault(name, [0, 0, 0])
+        count[0] += 1
+        signal.alarm(seconds)
+        try:
+            if name == "command line":
+                parse, words = command_line(rng)
+                with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                    parse(words)
+                wrong = None
+            else:
+                content, path, read = reading[name]
+                (place / path).write_bytes(spoilt(rng, content))
+                wrong = read(place / path)
+            count[1] += 1
+            if wrong:
+                faults.append(f"{name}, case {k}: taken, but wrong: {str(wrong)[:200]}")
+        except refusals as error:
+            count[2] += 1
+            if "\n" in str(error) or "\x1b" in str(error) or len(str(error)) > 1000:
+                faults.append(f"{name}, case {k}: not one readable line: {str(error)[:200]!r}")
+        except SystemExit as error:
+            count[2] += 1
+            if name != "command line" or error.code not in (0, 2):
+                faults.append(f"{name}, case {k}: exit status {error.code}")
+        except TimeoutError:
+            faults.append(f"{name}, case {k}: hung for {seconds} s")
+        except Exception as error:
+            faults.append(f"{name}, case {k}: {type(error).__name__}: {str(error)[:200]}")
+        finally:
+            signal.alarm(0)
+    return counts, faults
+
+
+def media(times, place, clips, seed=0, seconds=30):
+    """({"sound" or "video": [cases, decoded, refused]}, faults, growth of the largest memory in MB)."""
+    import resource
+
+    import data
+    rng, counts, faults = random.Random(seed), {}, []
+    files = sorted(p for p in clips.rglob("*") if p.suffix in (".wav", ".mp4", ".flac", ".ogg"))
+    videos = [p for p in files if p.suffix == ".mp4"]
+    pick = {"sound": rng.sample(files, min(60, len(files))), "video": rng.sample(videos, min(60, len(videos)))}
+
+    def late(*_):
+        raise TimeoutError
+    signal.signal(signal.SIGALRM, late)
+    data.decode_audio(pick["sound"][0], 48_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for k in range(times):
+        kind = rng.choice(["sound", "video"])
+        source, other = rng.choice(pick[kind]), rng.choice(pick[kind])
+        content = source.read_bytes()
+        if rng.random() < 0.2:  # the beginning of one file and the end of another
+            content = content[:rng.randrange(len(content))] + other.read_bytes()[rng.randrange(len(content)):]
+        path = place / f"spoilt{source.suffix}"
+        path.write_bytes(spoilt(rng, content))
+        count = counts.setdefault(kind, [0, 0, 0])
+        count[0] += 1
+        signal.alarm(seconds)
+        try:
+            found = data.decode_video(path, 8) if kind == "video" else data.decode_audio(path, 48_000)
+            count[1] += 1
+            if not len(found) or kind == "sound" and not abs(found).max() < float("inf"):
+                faults.append(f"{source.name}, case {k}: {found.shape}")
+        except data.InputError as error:
+            count[2] += 1
+            if path.name not in str(error) or "\n" in str(error):
+                faults.append(f"{source.name}, case {k}: does not name the file in one line: {error}")
+        except TimeoutError:
+            faults.append(f"{source.name}, case {k}: hung for {seconds} s")
+        except Exception as error:
+            faults.append(f"{source.name}, case {k}: {type(error).__name__}: {str(error)[:200]}")
+        finally:
+            signal.alarm(0)
+    return counts, faults, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def told(counts, faults):
+    for name, (cases, taken, refused) in sorted(counts.items()):
+        print(f"{name}: {cases} cases, {taken} read, {refused} refused")
+    print(f"{sum(c[0] for c in counts.values())} cases, {len(faults)} faults", *faults[:20], sep="\n  ")
+    return not faults
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="+", choices=["kill", "jobs"])
-    parser.add_argument("--times", type=int, default=10, help="kills")
+    parser.add_argument("what", nargs="+", choices=["kill", "jobs", "fuzz", "media"])
+    parser.add_argument("--times", type=int, default=10, help="kills, or cases")
     parser.add_argument("--phases", default="0 1 2", help="of run_all.sh")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="of moments and damage")
     parser.add_argument("--world", type=Path, help="a finished smoke world; without it one is built")
     args = parser.parse_args()
     place, ok = Path(tempfile.mkdtemp(prefix="soak_")), True
     world = args.world.resolve() if args.world else place / "smoke"
-    if not args.world:
+    if not args.world and args.what != ["fuzz"]:
         subprocess.run([sys.executable, ROOT / "tests/standin.py", "--smoke", "--out", world], check=True)
     try:
         for what in args.what:
-            ok &= {"kill": kill, "jobs": jobs}[what](args, place, world)
+            if what == "fuzz":
+                ok &= told(*fuzz(args.times, place, args.seed))
+            elif what == "media":
+                counts, faults, grown = media(args.times, place, world / "data", args.seed)
+                ok &= told(counts, faults)
+                print(f"largest memory grew by {grown:.0f} MB")
+            else:
+                ok &= {"kill": kill, "jobs": jobs}[what](args, place, world)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     sys.exit(0 if ok else 1)

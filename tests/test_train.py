@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -230,6 +231,36 @@ def test_a_killed_run_ends_in_the_same_bytes(world, finished, tmp_path):
                      for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (finished, out)]
     assert whole == again
     assert not (out / "state").exists() and not list(out.rglob("*.tmp*"))
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(world, finished, tmp_path):
+    """The checkpoint still fits, the state for going on does not: files are not allowed to grow so large."""
+    out = tmp_path / "full"
+    command = [sys.executable, str(ROOT / "train.py"),
+               *map(str, flags(world, out, "--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-6"))]
+    room = (finished / "fusion.safetensors").stat().st_size + 1000
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "start the same command again" in done.stderr
+    backbone = evaluate.load_backbone(str(world / "models/llava"), "cpu")
+    fusions.load(out, backbone.decoder)  # the last good one
+    run(world, out, "--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-6")
+    for name in ("fusion.safetensors", "scst/fusion.safetensors"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+    assert not list(out.rglob("*.tmp*"))
+
+
+def test_two_at_once_train_once(world, finished, tmp_path):
+    out = tmp_path / "both"
+    command = [sys.executable, str(ROOT / "train.py"),
+               *map(str, flags(world, out, "--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-6"))]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
+            for _ in range(2)]
+    said = [p.communicate(timeout=300)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0]
+    assert sum("finished already" in s for s in said) == 1 and sum("best" in s or "at step" in s for s in said) == 1
+    for name in ("fusion.safetensors", "scst/fusion.safetensors"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
 
 
 def test_a_finished_run_is_skipped_and_a_changed_flag_is_named(world, finished):
