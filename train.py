@@ -19,13 +19,14 @@ import os
 import shutil
 import subprocess
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -283,8 +284,8 @@ def check_folder(args):
     out = Path(args.out)
     if (out / "config.json").exists():
         try:
-            old = json.loads((out / "config.json").read_text())
-        except ValueError:
+            old = dict(json.loads((out / "config.json").read_text()))
+        except (ValueError, TypeError):
             raise InputError(f"{out / 'config.json'}: not JSON; remove the folder or choose another --out") from None
         for key, value in vars(args).items():
             if key not in HERE_ONLY and old.get(key) != value and not (args.scst == "now" and key in OF_SCST):
@@ -313,16 +314,26 @@ def save_state(path, modules, optimizer, progress):
     os.replace(tmp, path)
 
 
+@contextmanager
+def reading(path):
+    """What is wrong with a saved state is said in one line."""
+    try:
+        yield
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
+        raise InputError(f"{path}: damaged ({' '.join(str(e).split())[:120]}); remove {path.parent} and "
+                         f"{path.parent.parent / 'config.json'} to train from the start") from None
+
+
 def read_progress(path):
-    with safe_open(path, "pt") as f:
+    with reading(path), safe_open(path, "pt") as f:
         return json.loads(f.metadata()["progress"])
 
 
 def load_state(path, modules, optimizer):
-    with safe_open(path, "pt", device="cpu") as f:
+    with reading(path), safe_open(path, "pt", device="cpu") as f:
         tensors = {k: f.get_tensor(k) for k in f.keys()}
-    for name, module in modules.items():
-        module.load_state_dict({k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(name + "/")})
+        for name, module in modules.items():
+            module.load_state_dict({k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(name + "/")})
     state = {}
     for key, value in tensors.items():
         if key.startswith("optimizer/"):

@@ -250,6 +250,17 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(world, f
     assert not list(out.rglob("*.tmp*"))
 
 
+@pytest.mark.parametrize("name, content", [
+    ("state/state.safetensors", b"\0" * 100), ("state/state.safetensors", b"\x02\0\0\0\0\0\0\0{}"),
+    ("state/state.safetensors", b"\xff" * 100), ("config.json", b"[1, 2"), ("config.json", b"[1, 2]")])
+def test_a_damaged_folder_is_one_line(world, tmp_path, name, content):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    done = run(world, tmp_path / "run", check=False)
+    assert done.returncode == 2 and path.name in done.stderr and "remove" in done.stderr
+
+
 def test_two_at_once_train_once(world, finished, tmp_path):
     out = tmp_path / "both"
     command = [sys.executable, str(ROOT / "train.py"),
