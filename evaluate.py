@@ -370,10 +370,9 @@ def score(items, quick=False):
 
 def candidate_values(found, clips):
     """The selection metric of every candidate of every clip, a list of arrays; one set of document frequencies."""
-    references = [tokenise(c.references) for c in clips]
+    tokenise([r for c in clips for r in c.references] + [c["text"] for k in found for c in k])  # one JVM, not one a clip
+    references, said = [tokenise(c.references) for c in clips], [tokenise([c["text"] for c in k]) for k in found]
     reward = scst.CiderD(references)
-    texts = iter(tokenise([c["text"] for k in found for c in k]))
-    said = [[next(texts) for _ in k] for k in found]
     if spice_installed():
         pairs = [(h, r) for k, r in zip(said, references) for h in k]
         ids = [f"{i:08d}" for i in range(len(pairs))]

@@ -34,8 +34,8 @@ tiny)
     LAYERS="3 6"; TOKENS=16; HIDDEN=512
     TRAIN="--batch-size 32 --steps 400 --eval-every 100"
     SCST="--scst auto --scst-lr 5e-4 --scst-temperature 0.5 --scst-steps 40"
-    TRAIN_CLOTHO="--batch-size 32 --steps 160 --eval-every 40"
-    SHORT="--batch-size 32 --steps 160 --eval-every 40"
+    TRAIN_CLOTHO="--batch-size 32 --steps 160 --eval-every 80"
+    SHORT="--batch-size 32 --steps 160 --eval-every 80"
     declare -A RATES=(           # of 3e-3 and 6e-3, the better on validation for each system: README, "Tuning"
         [additive]="--lr 6e-3 --lr-adapter 6e-3" [cross_attention]="--lr 3e-3 --lr-adapter 3e-3"
         [concat]="--lr 3e-3 --lr-adapter 3e-3" [unfreeze]="--lr 3e-3 --lr-adapter 3e-3"

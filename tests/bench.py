@@ -3,7 +3,7 @@
     python tests/bench.py                            # every bench at the stand-in's size, minutes
     python tests/bench.py step prefix memory --wide  # 16 layers of width 1024: arithmetic, not overhead, is measured
     python tests/bench.py 7b                         # LLaVA-1.5-7B, random weights; on a machine without GPU, counted
-    python tests/bench.py tiny --runs experiments/tiny
+    python tests/bench.py tiny ranks --runs experiments/tiny --world tiny
 
 Models have random weights, so only costs are measured here; what is equal in both ways is checked, and a check that
 fails ends with exit status 1. No time is ever asserted. `reach` is the aim, marked * where it was not reached.
@@ -168,12 +168,12 @@ class Step:
     too, so that autograd goes down to it through all blocks, trained or not, as it does below a prefix.
     """
 
-    def __init__(self, backbone, fusion, first, clips, differentiated=False):
+    def __init__(self, backbone, fusion, first, clips, differentiated=False, captions=None):
         self.backbone, self.fusion, self.clips, self.differentiated = backbone, fusion, clips, differentiated
         with fusion.attach(backbone.decoder):
             trunk, self.head = fusions.split(backbone.decoder, first)
         prompt, slots = backbone.prompt("", N if isinstance(fusion, fusions.Concat) else 0)
-        captions = [backbone.caption_ids("", c) for c in backbone.captions[:clips]]
+        captions = [backbone.caption_ids("", c) for c in captions or backbone.captions[:clips]]
         self.P, self.slots, self.more = len(prompt), None, {}
         if slots is not None:
             self.slots = torch.tensor([slots] * clips, device=backbone.device)
@@ -369,6 +369,50 @@ def bench_scst(table, bench):
 
 
 # ---------------------------------------------------------------- decoding and features
+
+def bench_scaling(table, bench):
+    """A step of additive at {3,6}, and with twice of one thing: 2 where the cost is a line through zero, 1 where the
+    thing costs nothing."""
+    backbone, clips, depth = bench.backbone, bench.clips, bench.depth
+    longer = [f"{a} {b}" for a, b in zip(backbone.captions, backbone.captions[::-1])][:clips]
+
+    def step(layers=bench.placements["{3,6}"], tokens=N, **more):
+        torch.manual_seed(0)
+        fusion = fusions.build("additive", backbone.decoder, encoder_width=E, layers=layers, tokens=tokens, hidden=512)
+        return Step(backbone, fusion.to(backbone.device), layers[0], **{"clips": clips, **more})
+
+    half, words = depth - depth // 4, statistics.mean(WORDS)
+    for what, base, twice, note in (
+            (f"clips, {clips} and {2 * clips}", step(), step(clips=2 * clips), ""),
+            (f"words of a caption, {words:g} and {2 * words:g}", step(), step(captions=longer),
+             f"the prompt's {PROMPT_WORDS + 1} positions stay"),
+            (f"modality tokens, {N} and {2 * N}", step(), step(tokens=2 * N), "they are keys and values only"),
+            (f"blocks above the fusion, {depth - half} and {2 * (depth - half)}", step([half]), step([2 * half - depth]),
+             "projector, output layer and AdamW stay")):
+        a, b = in_turn(table.args.repeats, base, twice)
+        table.row(f"twice: {what}", statistics.median(b) * 1e3, statistics.median(a) * 1e3, "ms", ratio(a, b), note=note)
+
+
+def bench_ranks(table, bench):
+    """Clips a second of train.py on a stand-in world (--world): one process, and two by torchrun, a thread each."""
+    if not table.args.world:
+        print(f"{'ranks':10s}not run: it needs --world, a folder of tests/standin.py")
+        return
+    world, rates = table.args.world, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for n in (1, 1, 2):  # the first only fills the cache of features
+            out = Path(folder, f"ranks{n}_{len(rates)}")
+            start = [sys.executable] + (["-m", "torch.distributed.run", "--nproc-per-node=2"] if n == 2 else [])
+            subprocess.run([*start, ROOT / "train.py", "--data", world / "data/audiocaps", "--llava",
+                            world / "models/llava", "--encoder", world / "models/clap", "--layers", "3", "6",
+                            "--contrastive", "0.1", "--batch-size", "32", "--steps", "61", "--eval-every", "61",
+                            "--cache", Path(folder, "cache"), "--out", out],
+                           check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            lines = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
+            rates[n] = [x["clips_per_second"] for x in lines if x["event"] == "step"][1:]
+    table.row("clips a second: two gloo ranks over one process", *(statistics.median(rates[n]) for n in (2, 1)), "1/s",
+              statistics.median(rates[2]) / statistics.median(rates[1]), note="2 is twice the cores' worth")
+
 
 def bench_decode(table, bench):
     """Beam-5 captions of a batch, and of one clip at a time; both with the cache of keys and values."""
@@ -632,7 +676,7 @@ def bench_7b(table, bench):
             del step, fusion
 
 
-OF_MODELS = ("step", "prefix", "memory", "mfu", "scst", "decode")  # these differ with --wide
+OF_MODELS = ("step", "prefix", "memory", "mfu", "scst", "scaling", "decode")  # these differ with --wide
 BENCHES = {name.removeprefix("bench_"): f for name, f in globals().copy().items() if name.startswith("bench_")}
 
 
@@ -647,6 +691,7 @@ def parse_args(argv=None):
     p.add_argument("--clips", type=int, default=0, help="batch size; 0: 32, with --wide 8")
     p.add_argument("--items", type=int, default=1000, help="captions to score, items to resample")
     p.add_argument("--layers-scale", type=float, default=1.0, help="7b: share of its layers")
+    p.add_argument("--world", type=Path, default=None, help="ranks: a stand-in world, e.g. tiny")
     p.add_argument("--runs", type=Path, default=None, help="tiny: folder of a finished sweep")
     p.add_argument("--json", default=None, metavar="FILE", help="write the table there as well")
     args = p.parse_args(argv)

@@ -9,14 +9,14 @@ from conftest import ROOT, python
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "bench.json"
-    printed = python(ROOT / "tests/bench.py", "step", "memory", "cider", "--clips", "2", "--items", "30", "--repeats", "2",
+    printed = python(ROOT / "tests/bench.py", "step", "memory", "scaling", "cider", "--clips", "2", "--items", "30", "--repeats", "2",
                      "--json", out).stdout
     return printed, json.loads(out.read_text())
 
 
 def test_rows_are_ratios_of_what_is_printed(done):
     printed, found = done
-    assert {r["bench"] for r in found["rows"]} == {"step", "memory", "cider"} and found["machine"] in printed
+    assert {r["bench"] for r in found["rows"]} == {"step", "memory", "scaling", "cider"} and found["machine"] in printed
     for row in found["rows"]:
         assert math.isfinite(row["ours"]) and row["ours"] > 0 and row["what"] in printed
         if row["lowest"] is not None:

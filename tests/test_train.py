@@ -261,6 +261,21 @@ def test_a_damaged_folder_is_one_line(world, tmp_path, name, content):
     assert done.returncode == 2 and path.name in done.stderr and "remove" in done.stderr
 
 
+def test_one_clip_to_validate_on(world, tmp_path):
+    """Every document frequency is that of the only clip, so that CIDEr-D is 0: a run still ends, with a checkpoint."""
+    root = tmp_path / "audiocaps"
+    root.mkdir()
+    (root / "audio").symlink_to(world / "data/audiocaps/audio")
+    for name, rows in (("train", 17), ("val", 2)):
+        lines = (world / f"data/audiocaps/{name}.csv").read_text().splitlines(keepends=True)
+        first = [line for line in lines[1:] if line.split(",")[1] == lines[1].split(",")[1]]
+        (root / f"{name}.csv").write_text("".join([lines[0], *(lines[1:rows] if name == "train" else first)]))
+    run(world, tmp_path / "run", "--data", root, "--scst", "auto", "--scst-steps", "2", "--scst-lr", "1e-6")
+    validations = log_of(tmp_path / "run", "validation")
+    assert {v["val_n"] for v in validations} == {1} and {v["val_cider_d"] for v in validations} == {0}
+    assert (tmp_path / "run/fusion.safetensors").exists() and (tmp_path / "run/training.json").exists()
+
+
 def test_two_at_once_train_once(world, finished, tmp_path):
     out = tmp_path / "both"
     command = [sys.executable, str(ROOT / "train.py"),
