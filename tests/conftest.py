@@ -50,9 +50,14 @@ def smoke_started(world, tmp_path_factory):
         process.terminate()
 
 
+def pytest_collection_modifyitems(items):
+    """The tests that look at the smoke run come last: it takes minutes, beside the others."""
+    items.sort(key=lambda item: "smoke" in item.fixturenames)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def smoke_early(request):
-    """The smoke run takes minutes on one core: it is started first, and the tests that look at it come late."""
+    """The smoke run is started before the first test."""
     if any("smoke" in item.fixturenames for item in request.session.items):
         request.getfixturevalue("smoke_started")
 

@@ -109,6 +109,8 @@ def study(folder):
                 fake_run(folder, f"clotho/{system}_init_s{seed}", system, seed, dataset="clotho", init=str(home))
         home = fake_run(folder, f"video/video_s{seed}", "additive", seed, dataset="av", modality="video")
         results(home / "shuffled", 0.2, seed, {}, hear="shuffled")
+    # phase 0's, of which no table tells
+    write(folder / "sanity/overfit/config.json", {**FLAGS, "fusion": "additive", "seed": 0, "steps": 72})
     fake_run(folder, "ablation/layers_3_s0", "additive", 0, 0.7, layers=[3], steps=160)
     fake_run(folder, "ablation/layers_6_s0", "additive", 0, 0.6, layers=[6], steps=160)
     fake_run(folder, "ablation/tokens_8_hidden_512_s0", "additive", 0, 0.71, tokens=8)
