@@ -360,7 +360,7 @@ phase_5() {   # appendix: gates that start elsewhere, noise in the sound
 }
 
 phase_3() {   # what is kept: after SCST, and along the gates' penalty; then video beside sound
-    local seed=${SEEDS%% *} try run kept="" penalty=(0 1e-2 1) runs=() tries=()
+    local seed=${SEEDS%% *} try run kept="" value penalties=("0 1e-2" 1 100) runs=() tries=()
     ablation additive "$LAYERS" $TOKENS $HIDDEN 0.1   # the penalties' own point at 1e-4, the layer sweep's run
     local common=(--fusion additive --layers $LAYERS --tokens $TOKENS --hidden $HIDDEN --seed "${SEEDS%% *}")
     local av=("${common[@]}" --dataset av --data "$AV" $VIDEO)
@@ -373,9 +373,11 @@ phase_3() {   # what is kept: after SCST, and along the gates' penalty; then vid
         # meanwhile: each modality alone, and the penalties of the sound's gates
         [ $try = 1 ] && train "video/audio_s$seed" "${av[@]}" --modality audio
         [ $try = 1 ] && train "video/video_s$seed" "${av[@]}" --modality video --encoder "$TIMESFORMER"
-        runs+=("retention/gate_l2_${penalty[try - 1]}_s$seed")
-        train "${runs[-1]}" "${common[@]}" --contrastive 0.1 --dataset audiocaps --data "$AUDIOCAPS" $SHORT \
-            ${RATES[additive]:-} --gate-l2 "${penalty[try - 1]}"
+        for value in ${penalties[try - 1]}; do
+            runs+=("retention/gate_l2_${value}_s$seed")
+            train "${runs[-1]}" "${common[@]}" --contrastive 0.1 --dataset audiocaps --data "$AUDIOCAPS" $SHORT \
+                ${RATES[additive]:-} --gate-l2 "$value"
+        done
         [ -z "$kept" ] || continue
         settle "$EXP/$run/training.json"
         evaluate again audio_again.json "$run" "$run" --

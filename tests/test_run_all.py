@@ -121,7 +121,7 @@ def test_video_beside_sound(smoke):
     done = subprocess.run([sys.executable, "bootstrap.py", "compare", run, run / "audio", "--metrics", "cider_d",
                            "--resamples", "200"], cwd=smoke.parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for value in ("0", "1e-2", "1"):
+    for value in ("0", "1e-2", "1", "100"):
         assert (smoke / f"retention/gate_l2_{value}_s0/retention.json").exists()
 
 
@@ -248,7 +248,7 @@ def test_the_loop_of_the_video_branch(stubbed, decision, tries, status):
     assert [c.split("--gate-l2 ")[1].split()[0] for c in commands] == ["1e-4", "1e-3", "1e-2"][:tries]
     assert ("after 3 tries video still costs more than 25" in out) is (decision == "3")
     if decision != "2":  # whatever was decided, all else is done
-        assert set(names) >= {"video/audio_s0", "video/video_s0", *(f"retention/gate_l2_{v}_s0" for v in ("0", "1e-2", "1"))}
+        assert set(names) >= {"video/audio_s0", "video/video_s0", *(f"retention/gate_l2_{v}_s0" for v in ("0", "1e-2", "1", "100"))}
 
 
 def test_gpus_are_a_free_list(stubbed):
