@@ -486,9 +486,8 @@ def figure_frontier(folder, runs, metric):
                 named[-1][1].append(f"{value:g}")
             else:
                 named.append((point, [f"{value:g}"]))
-        for k, (point, values) in enumerate(named):
-            ax.annotate(", ".join(values), point, xytext=(-4, 5 if k % 2 else -10), textcoords="offset points",
-                        fontsize=7, ha="right", zorder=5)
+        for point, values in named:
+            ax.annotate(", ".join(values), point, xytext=(5, 2), textcoords="offset points", fontsize=7, zorder=5)
     if found:
         ax.axvline(100 * asked(found[0], "backbone"), color="black", lw=0.8, ls=":", label="backbone alone")
     ax.set(xlabel="accuracy beside an unrelated clip, %", ylabel=f"test {METRICS[metric]}")
