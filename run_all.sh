@@ -36,7 +36,7 @@ tiny)
     SCST="--scst auto --scst-lr 5e-4 --scst-temperature 0.5 --scst-steps 40"
     TRAIN_CLOTHO="--batch-size 32 --steps 160 --eval-every 80"
     SHORT="--batch-size 32 --steps 160 --eval-every 80"
-    declare -A RATES=(           # of 3e-3 and 6e-3, the better on validation for each system: README, "Tuning"
+    declare -A RATES=(           # from 3e-3 and 6e-3 by validation: README, "Tuning"
         [additive]="--lr 6e-3 --lr-adapter 6e-3" [cross_attention]="--lr 3e-3 --lr-adapter 3e-3"
         [concat]="--lr 3e-3 --lr-adapter 3e-3" [unfreeze]="--lr 3e-3 --lr-adapter 3e-3"
         [data_only]="--lr 3e-3 --lr-adapter 3e-3")
