@@ -529,10 +529,6 @@ def main(argv=None):
     log = Log(out / "log.jsonl", progress["log_lines"])
     began = time.perf_counter() - progress["seconds"]
 
-    def frames_of(which):
-        frames, mask = data.pad_frames([train_features[i] for i in which])
-        return frames.to(backbone.device, non_blocking=True), mask.to(backbone.device, non_blocking=True)
-
     def where(rows):
         return None if slots is None else slots.expand(rows, -1)
 
@@ -580,9 +576,8 @@ def main(argv=None):
         parts = [batch[i:i + args.micro_batch] for i in range(0, args.batch_size, args.micro_batch)]
         for k, part in enumerate(parts):
             mine = [c for c, _ in part[rank * micro:(rank + 1) * micro]]
-            frames, mask = frames_of(mine)
             torch.manual_seed(((args.seed * 1_000_003 + step) * 1009 + k) * 97 + rank)
-            with torch.no_grad(), backbone.autocast(), fusion.attach(decoder, frames, mask, where(len(mine))):
+            with torch.no_grad(), backbone.autocast(), listening(mine):
                 ids = torch.tensor([prompt] * len(mine), device=backbone.device)
                 rows = evaluate.generate(backbone, ids, K, True, args.scst_temperature)  # (B * K, P + T)
                 new = rows[:, P:]
@@ -596,7 +591,7 @@ def main(argv=None):
             if args.reward == "spider_lite":
                 r = (r + torch.tensor([evaluate.spice_lite(t, ref) for t, ref in zip(texts, targets)])) / 2
             r = r.view(len(mine), K).to(backbone.device)
-            with backbone.autocast(), fusion.attach(decoder, frames, mask, where(len(mine))):
+            with backbone.autocast(), listening(mine):
                 hidden = head(inputs_embeds=states, use_cache=False, **how).last_hidden_state
                 logprobs = evaluate.token_logprobs(lm_head(unpack(hidden, P, K)) / args.scst_temperature, new)
             real = torch.arange(new.shape[1], device=new.device) < length[:, None]

@@ -8,6 +8,7 @@
 The first two use the smoke scale, SMOKE=1, in a temporary copy; --phases says which phases.
 """
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -252,9 +253,25 @@ def command_line(rng):
     return parse, [*rng.choice(start), *rng.choices(words, k=rng.randint(0, 6))]
 
 
+@contextlib.contextmanager
+def case(faults, name, seconds):
+    """What no reader may do, hang or raise what is not ours, becomes a fault with the case's name."""
+    def late(*_):
+        raise TimeoutError
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    except TimeoutError:
+        faults.append(f"{name}: hung for {seconds} s")
+    except Exception as error:
+        faults.append(f"{name}: {type(error).__name__}: {str(error)[:200]}")
+    finally:
+        signal.alarm(0)
+
+
 def fuzz(times, place, seed=0, seconds=20):
     """{what: [cases, taken, refused]}, and a list of faults: another exception than ours, a wrong answer, a hang."""
-    import contextlib
     import io
 
     import bootstrap
@@ -264,41 +281,32 @@ def fuzz(times, place, seed=0, seconds=20):
     reading = readers(place)
     refusals = (data.InputError, bootstrap.InputError, fusion.FusionError)
 
-    def late(*_):
-        raise TimeoutError
-    signal.signal(signal.SIGALRM, late)
     for k in range(times):
         name = rng.choice([*reading, "command line"])
         count = counts.setdefault(name, [0, 0, 0])
         count[0] += 1
-        signal.alarm(seconds)
-        try:
-            if name == "command line":
-                parse, words = command_line(rng)
-                with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-                    parse(words)
-                wrong = None
-            else:
-                content, path, read = reading[name]
-                (place / path).write_bytes(spoilt(rng, content))
-                wrong = read(place / path)
-            count[1] += 1
-            if wrong:
-                faults.append(f"{name}, case {k}: taken, but wrong: {str(wrong)[:200]}")
-        except refusals as error:
-            count[2] += 1
-            if "\n" in str(error) or "\x1b" in str(error) or len(str(error)) > 1000:
-                faults.append(f"{name}, case {k}: not one readable line: {str(error)[:200]!r}")
-        except SystemExit as error:
-            count[2] += 1
-            if name != "command line" or error.code not in (0, 2):
-                faults.append(f"{name}, case {k}: exit status {error.code}")
-        except TimeoutError:
-            faults.append(f"{name}, case {k}: hung for {seconds} s")
-        except Exception as error:
-            faults.append(f"{name}, case {k}: {type(error).__name__}: {str(error)[:200]}")
-        finally:
-            signal.alarm(0)
+        with case(faults, f"{name}, case {k}", seconds):
+            try:
+                if name == "command line":
+                    parse, words = command_line(rng)
+                    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                        parse(words)
+                    wrong = None
+                else:
+                    content, path, read = reading[name]
+                    (place / path).write_bytes(spoilt(rng, content))
+                    wrong = read(place / path)
+                count[1] += 1
+                if wrong:
+                    faults.append(f"{name}, case {k}: taken, but wrong: {str(wrong)[:200]}")
+            except refusals as error:
+                count[2] += 1
+                if "\n" in str(error) or "\x1b" in str(error) or len(str(error)) > 1000:
+                    faults.append(f"{name}, case {k}: not one readable line: {str(error)[:200]!r}")
+            except SystemExit as error:
+                count[2] += 1
+                if name != "command line" or error.code not in (0, 2):
+                    faults.append(f"{name}, case {k}: exit status {error.code}")
     return counts, faults
 
 
@@ -312,9 +320,6 @@ def media(times, place, clips, seed=0, seconds=30):
     videos = [p for p in files if p.suffix == ".mp4"]
     pick = {"sound": rng.sample(files, min(60, len(files))), "video": rng.sample(videos, min(60, len(videos)))}
 
-    def late(*_):
-        raise TimeoutError
-    signal.signal(signal.SIGALRM, late)
     data.decode_audio(pick["sound"][0], 48_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for k in range(times):
@@ -327,22 +332,16 @@ def media(times, place, clips, seed=0, seconds=30):
         path.write_bytes(spoilt(rng, content))
         count = counts.setdefault(kind, [0, 0, 0])
         count[0] += 1
-        signal.alarm(seconds)
-        try:
-            found = data.decode_video(path, 8) if kind == "video" else data.decode_audio(path, 48_000)
-            count[1] += 1
-            if not len(found) or kind == "sound" and not abs(found).max() < float("inf"):
-                faults.append(f"{source.name}, case {k}: {found.shape}")
-        except data.InputError as error:
-            count[2] += 1
-            if path.name not in str(error) or "\n" in str(error):
-                faults.append(f"{source.name}, case {k}: does not name the file in one line: {error}")
-        except TimeoutError:
-            faults.append(f"{source.name}, case {k}: hung for {seconds} s")
-        except Exception as error:
-            faults.append(f"{source.name}, case {k}: {type(error).__name__}: {str(error)[:200]}")
-        finally:
-            signal.alarm(0)
+        with case(faults, f"{source.name}, case {k}", seconds):
+            try:
+                found = data.decode_video(path, 8) if kind == "video" else data.decode_audio(path, 48_000)
+                count[1] += 1
+                if not len(found) or kind == "sound" and not abs(found).max() < float("inf"):
+                    faults.append(f"{source.name}, case {k}: {found.shape}")
+            except data.InputError as error:
+                count[2] += 1
+                if path.name not in str(error) or "\n" in str(error):
+                    faults.append(f"{source.name}, case {k}: does not name the file in one line: {error}")
     return counts, faults, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
