@@ -160,8 +160,10 @@ def attached(backbone, branches, which, slots=None):
         yield tokens[branches[-1][0]] if branches else None
 
 
-def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0):
+def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0, limit=None):
     """k beams or k samples of each row of a prompt (B, P), in order -> (B * k, P + T). Attach before calling.
+
+    limit: the most tokens of a caption, if fewer than MAX_NEW_TOKENS.
 
     The prompt is read once a row, and not k times as generate() would: it gets the keys and values of all positions
     but the last.
@@ -171,7 +173,8 @@ def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0):
     backbone.decoder(input_ids=prompt[:, :-1], past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(k)
     config = GenerationConfig(
-        max_new_tokens=MAX_NEW_TOKENS, num_beams=1 if sampling else k, num_return_sequences=k, do_sample=sampling,
+        max_new_tokens=min(limit or MAX_NEW_TOKENS, MAX_NEW_TOKENS), num_beams=1 if sampling else k,
+        num_return_sequences=k, do_sample=sampling,
         **(dict(top_p=top_p, top_k=0) if sampling else {}), eos_token_id=backbone.eos, pad_token_id=backbone.pad,
         bos_token_id=backbone.tokenizer.bos_token_id)
     warp = LogitsProcessorList([lambda _, logits: logits / temperature] if sampling else [])
@@ -266,8 +269,8 @@ def meteor():
         def __init__(self):
             self.stats, self.lock = [], threading.Lock()
             self.meteor_p = subprocess.Popen(   # another locale than this prints decimal commas
-                [java(), "-Duser.country=US", "-Duser.language=en", "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar",
-                 METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"],
+                [java(), "-Duser.country=US", "-Duser.language=en", "-Dfile.encoding=UTF-8", "-Xmx2G",
+                 "-XX:+UseSerialGC", "-jar", METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"],
                 cwd=pycocoevalcap_folder() / "meteor", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL)
 
@@ -372,14 +375,14 @@ def candidate_values(found, clips):
     """The selection metric of every candidate of every clip, a list of arrays; one set of document frequencies."""
     tokenise([r for c in clips for r in c.references] + [c["text"] for k in found for c in k])  # one JVM, not one a clip
     references, said = [tokenise(c.references) for c in clips], [tokenise([c["text"] for c in k]) for k in found]
-    reward = scst.CiderD(references)
+    pairs = [(h, r) for k, r in zip(said, references) for h in k]
+    cider = scst.CiderD(references).score_many(*zip(*pairs)).numpy()
     if spice_installed():
-        pairs = [(h, r) for k, r in zip(said, references) for h in k]
         ids = [f"{i:08d}" for i in range(len(pairs))]
-        rest = iter(_spice({i: r for i, (_, r) in zip(ids, pairs)}, {i: [h] for i, (h, _) in zip(ids, pairs)}))
+        rest = _spice({i: r for i, (_, r) in zip(ids, pairs)}, {i: [h] for i, (h, _) in zip(ids, pairs)})
     else:
-        rest = (spice_lite(h, r) for k, r in zip(said, references) for h in k)
-    return [np.array([(reward.score(h, r) + next(rest)) / 2 for h in k]) for k, r in zip(said, references)]
+        rest = [spice_lite(h, r) for h, r in pairs]
+    return np.split((cider + rest) / 2, np.cumsum([len(k) for k in found])[:-1])
 
 
 def selection_metric():
@@ -402,12 +405,13 @@ def judge(found, embeds, encoder):
     """
     texts = iter(encoder.embed_text([c["text"] for k in found for c in k]))
     said = [[scst.words(c["text"]) for c in k] for k in found]
-    agreement = scst.CiderD(said)
+    others = [k[:j] + k[j + 1:] or [""] for k in said for j in range(len(k))]
+    agreement = iter(scst.CiderD(said).score_many([text for k in said for text in k], others).tolist())
     for i, candidates in enumerate(found):
-        for j, candidate in enumerate(candidates):
-            text, others = next(texts), said[i][:j] + said[i][j + 1:]
+        for candidate in candidates:
+            text = next(texts)
             candidate["clap"], candidate["clap_other"] = float(text @ embeds[i]), float(text @ embeds[i - 1])
-            candidate["consensus"] = agreement.score(said[i][j], others) if others else 0.0
+            candidate["consensus"] = next(agreement)
 
 
 def weigh(candidates, weights, clap="clap"):

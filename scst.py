@@ -11,11 +11,11 @@ each, T tokens of a sample.
 """
 import math
 import re
-from collections import Counter
 
 import torch
 
 END = "<end>"  # stands for the end token in a reward's captions: a sentence that stops must say so to earn it
+LOW = (1 << 32) - 1
 
 
 class CiderD:
@@ -29,47 +29,71 @@ class CiderD:
     def __init__(self, corpus, end=False):
         if not corpus or not all(corpus):
             raise ValueError("CIDEr-D needs at least one clip, and a reference for each")
-        self.end = f" {END}" if end else ""
-        frequency = Counter()
-        for references in corpus:
-            frequency.update({g for r in references for grams in _ngrams(r + self.end) for g in grams})
-        self.unseen = math.log(len(corpus))
-        self.rarity = {g: self.unseen - math.log(n) for g, n in frequency.items()}
-        self._vectors = {}  # of references: each is met at every epoch, and by every sample of its clip
+        self._end, self._unseen = f" {END}" if end else "", math.log(len(corpus))
+        self._words, self._known, self._rarity = {}, [], []  # numbers of words; of n = 1..4 the n-grams, and their idf
+        clip = torch.arange(len(corpus)).repeat_interleave(torch.tensor([len(r) for r in corpus]))
+        for rows, _ in self._ngrams([r + self._end for references in corpus for r in references]):
+            grams = torch.unique(clip[rows >> 32] << 32 | rows & LOW) & LOW     # once a clip
+            self._rarity.append(self._unseen - torch.bincount(grams).double().log())
 
-    def _vector(self, caption):
-        """For each n the tf-idf weights by n-gram and their norm; the number of bigrams (the length of the penalty)."""
-        parts, grams = [], _ngrams(caption)
-        for some in grams:
-            weights = {}
-            for gram in some:
-                weights[gram] = weights.get(gram, 0.0) + self.rarity.get(gram, self.unseen)
-            parts.append((weights, math.hypot(*weights.values())))
-        return parts, len(grams[1])
+    def _ngrams(self, captions):
+        """For n = 1..4 the distinct n-grams of each caption, (R,) as caption << 32 | number, sorted, and their counts.
 
-    def score(self, hypothesis, references, ended=True):
-        """CIDEr-D of one caption against its references, in [0, 10]. `ended`: did it stop by its own end token?"""
-        parts, length = self._vector(hypothesis + (self.end if ended else ""))
-        total = 0.0
-        for reference in references:
-            if reference not in self._vectors:
-                self._vectors[reference] = self._vector(reference + self.end)
-            ref_parts, ref_length = self._vectors[reference]
-            similarity = 0.0
-            for (weights, norm), (ref_weights, ref_norm) in zip(parts, ref_parts):
-                both = weights.keys() & ref_weights.keys()
-                if not both:
-                    break  # then no longer n-gram is shared either
-                # fsum: a set has another order in every process, an exact sum does not
-                dot = math.fsum(min(weights[g], ref_weights[g]) * ref_weights[g] for g in both)
-                similarity += dot / (norm * ref_norm) if norm * ref_norm else dot
-            total += similarity * math.exp(-((length - ref_length) ** 2) / 72.0)   # 2 sigma^2
-        return 10.0 * total / 4 / len(references)
+        An n-gram's number is its place among the corpus's; those that are not there follow, in these captions' order.
+        """
+        table = dict(self._words) if self._known else self._words    # what was asked before changes no number
+        words = [[table.setdefault(w, len(table)) for w in c.split()] for c in captions]
+        caption = torch.arange(len(words)).repeat_interleave(torch.tensor([len(w) for w in words], dtype=torch.long))
+        words = torch.tensor([w for row in words for w in row] + [0] * 4, dtype=torch.long)
+        inside = torch.cat([caption, caption.new_full((4,), -1)])
+        at = torch.arange(len(caption))                                         # where an n-gram begins
+        number = torch.zeros_like(at)                                           # of the (n - 1)-gram that begins there
+        for n in range(4):
+            whole = inside[at + n] == caption[at]
+            at, number = at[whole], number[whole]
+            key = number << 31 | words[at + n]
+            if n == len(self._known):                                           # the corpus itself, and an end of all
+                self._known.append(torch.unique(torch.cat([key, key.new_tensor([1 << 62])])))
+            known = self._known[n]
+            number = torch.searchsorted(known, key)
+            new = known[number] != key
+            number[new] = len(known) - 1 + torch.unique(key[new], return_inverse=True)[1]
+            yield torch.unique(caption[at] << 32 | number, return_counts=True)
 
     def score_many(self, hypotheses, references, ended=None):
-        """One score a hypothesis, as a float32 tensor; references[i] belongs to hypotheses[i]."""
+        """Scores in [0, 10], one a hypothesis, float64; references[i] belongs to hypotheses[i].
+
+        ended: which of them stop by their own end token; all, if it is not given.
+        """
         ended = [True] * len(hypotheses) if ended is None else ended
-        return torch.tensor([self.score(h, r, e) for h, r, e in zip(hypotheses, references, ended, strict=True)])
+        said = [h + (self._end if e else "") for h, e in zip(hypotheses, ended, strict=True)]
+        place = {r: len(said) + i for i, r in enumerate(dict.fromkeys(r for some in references for r in some))}
+        captions, many = said + [r + self._end for r in place], torch.tensor([len(r) for r in references])
+        left = torch.arange(len(said)).repeat_interleave(many)                  # pairs of a hypothesis and a reference
+        right = torch.tensor([place[r] for some in references for r in some], dtype=torch.long)
+        similarity = torch.zeros(len(left), dtype=torch.float64)
+        for n, (rows, count) in enumerate(self._ngrams(captions)):
+            caption, gram = rows >> 32, rows & LOW
+            rarity = self._rarity[n].new_full((len(self._rarity[n]) + len(rows),), self._unseen)
+            rarity[:len(self._rarity[n])] = self._rarity[n]
+            weight = count * rarity[gram]
+            norm = torch.bincount(caption, weight ** 2, len(captions)).sqrt()
+            if n == 1:
+                length = torch.bincount(caption, count.double(), len(captions))  # in bigrams, as coco-caption has it
+            # every n-gram of a pair's hypothesis, and its place among the reference's, if it is there
+            size = torch.bincount(caption, minlength=len(captions))
+            pair = torch.arange(len(left)).repeat_interleave(size[left])
+            before = size[left].cumsum(0) - size[left]
+            mine = torch.arange(len(pair)) - before[pair] + (size.cumsum(0) - size)[left][pair]
+            wanted = right[pair] << 32 | gram[mine]
+            other = torch.searchsorted(rows, wanted).clamp(max=len(rows) - 1)
+            both = rows[other] == wanted
+            pair, mine, other = pair[both], mine[both], other[both]
+            dot = torch.bincount(pair, torch.minimum(weight[mine], weight[other]) * weight[other], len(left))
+            norms = norm[left] * norm[right]
+            similarity += dot / torch.where(norms > 0, norms, 1.0)
+        similarity *= torch.exp(-(length[left] - length[right]) ** 2 / 72)      # 2 sigma^2
+        return 10 / 4 * torch.bincount(left, similarity, len(said)) / many
 
 
 def words(caption):
@@ -77,16 +101,9 @@ def words(caption):
     return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)?", caption.lower()))
 
 
-def _ngrams(caption):
-    """A caption's n-grams for n = 1 to 4, single words as they are: no tuple, which would only cost time."""
-    words = caption.split()
-    return words, *(list(zip(*(words[i:] for i in range(n)))) for n in (2, 3, 4))
-
-
 def cider_d(hypotheses, references, end=False):
     """Scores of a whole set, document frequencies from its own references, as a list of floats."""
-    scorer = CiderD(references, end)
-    return [scorer.score(h, r) for h, r in zip(hypotheses, references, strict=True)]
+    return CiderD(references, end).score_many(hypotheses, references).tolist()
 
 
 def leave_one_out(rewards):

@@ -567,6 +567,7 @@ def main(argv=None):
 
     references = [[scst.words(r) for r in c.references] for c in clips]
     reward = scst.CiderD(references, end=True)
+    longest = max(len(answer) for _, answer in answers)  # a sample that goes on has failed already
 
     def scst_step(step):
         """Gradients of one self-critical step; K samples a clip from one generate."""
@@ -579,15 +580,15 @@ def main(argv=None):
             torch.manual_seed(((args.seed * 1_000_003 + step) * 1009 + k) * 97 + rank)
             with torch.no_grad(), backbone.autocast(), listening(mine):
                 ids = torch.tensor([prompt] * len(mine), device=backbone.device)
-                rows = evaluate.generate(backbone, ids, K, True, args.scst_temperature)  # (B * K, P + T)
-                new = rows[:, P:]
+                rows = evaluate.generate(backbone, ids, K, True, args.scst_temperature, limit=longest)
+                new = rows[:, P:]                                                             # (B * K, T)
                 length, ended = evaluate.lengths(new, backbone.eos)
                 new = new[:, :length.max()]
                 packed, how = pack(ids, new)
                 states = trunk(input_ids=packed, use_cache=False, **how).last_hidden_state    # (B, P + K * T, D)
             texts = [scst.words(backbone.text(row[:n])) for row, n in zip(new.tolist(), length.tolist())]
             targets = [references[c] for c in mine for _ in range(K)]
-            r = reward.score_many(texts, targets, ended.tolist())
+            r = reward.score_many(texts, targets, ended.tolist()).float()
             if args.reward == "spider_lite":
                 r = (r + torch.tensor([evaluate.spice_lite(t, ref) for t, ref in zip(texts, targets)])) / 2
             r = r.view(len(mine), K).to(backbone.device)

@@ -12,13 +12,15 @@ Shapes: B clips, S mel frames, M mel bands.
 """
 import argparse
 import csv
+import fcntl
 import json
 import os
 import shutil
 import string
 import sys
 import time
-from multiprocessing import Pool
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import Pool, get_context
 from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's; clips are made by one process a core
@@ -560,7 +562,7 @@ def train(name, parameters, steps, lr, loss_of_batch):
     warm_up = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min((step + 1) / warm_up, .5 + .5 * np.cos(np.pi * step / steps)))
-    bar = tqdm(range(steps), desc=name, unit="step")
+    bar = tqdm(range(steps), desc=name, unit="step", position=name in ("clap", "timesformer"))  # beside LLaVA's
     for _ in bar:
         loss = loss_of_batch()
         optimiser.zero_grad()
@@ -902,32 +904,44 @@ def build(folder, sizes, seed, also_folder):
     questions = [f"USER: {q} ASSISTANT: {a}" for _, _, q, a in asked]
     texts = [text for text, _ in scenes] + clip_texts + recorded_texts * 4
 
-    figures = {}
-    clap, processor = train_clap(sizes, seed, pairs, also, texts)
-    held_out = (clips["val"] + clips["test"])[:200]
-    scores = similarity(clap, processor, [mel for _, mel, _ in held_out], [c[0] for *_, c in held_out])
-    figures["clap recall@1"], figures["clap recall@5"] = recall(scores)
+    recorded_pairs = [(text, pick(rng, texts)) for _, texts in also for text in texts]
+    models = folder / "models"
+    # two at once with a thread each, on any machine: the number of threads changes how sums are rounded
+    with ProcessPoolExecutor(2, get_context("fork"), torch.set_num_threads, (1,)) as pool:
+        made = [pool.submit(make_llava, models / "llava", sizes, seed, [scenes, recorded_pairs] if also else [scenes],
+                            clip_texts, texts + questions * 2 + ["Describe the sound.", "Describe the video."], asked),
+                pool.submit(make_clap, models / "clap", sizes, seed, pairs, also, texts,
+                            (clips["val"] + clips["test"])[:200], unseen),
+                pool.submit(make_timesformer, models / "timesformer", sizes, seed, test_videos)]
+        return {name: value for job in (made[1], made[0], made[2]) for name, value in job.result().items()}
+
+
+def make_clap(folder, sizes, seed, pairs, also, texts, held_out, unseen):
+    model, processor = train_clap(sizes, seed, pairs, also, texts)
+    scores = similarity(model, processor, [mel for _, mel, _ in held_out], [c[0] for *_, c in held_out])
+    figures = dict(zip(("clap recall@1", "clap recall@5"), recall(scores)))
     if also:
-        known = sorted(set(recorded_texts))
-        nearest = similarity(clap, processor, [mel for mel, _ in unseen], known).argmax(1).tolist()
+        known = sorted({text for _, captions in also for text in captions})
+        nearest = similarity(model, processor, [mel for mel, _ in unseen], known).argmax(1).tolist()
         # right: a caption of some known clip that has a caption in common with this one
         right = [any(known[i] in texts and set(texts) & set(captions) for _, texts in also)
                  for i, (_, captions) in zip(nearest, unseen)]
         figures["clap also: nearest known caption is right"] = float(np.mean(right))
-    save(folder / "models" / "clap", clap, processor)
-
-    recorded_pairs = [(text, pick(rng, texts)) for _, texts in also for text in texts]
-    model, processor = train_llava(sizes, seed, [scenes, recorded_pairs] if also else [scenes], clip_texts,
-                                   texts + questions * 2 + ["Describe the sound.", "Describe the video."])
-    by_kind = answer_questions(model, processor, asked)
-    figures["qa mean"] = float(np.mean(list(by_kind.values())))
-    figures |= {f"qa {kind}": value for kind, value in by_kind.items()}
-    save(folder / "models" / "llava", model, processor)
-
-    model, processor, by_class = train_timesformer(sizes, seed, test_videos)
-    figures |= {f"video {name}": value for name, value in by_class.items()}
-    save(folder / "models" / "timesformer", model, processor)
+    save(folder, model, processor)
     return figures
+
+
+def make_llava(folder, sizes, seed, sound_texts, video_texts, texts, asked):
+    model, processor = train_llava(sizes, seed, sound_texts, video_texts, texts)
+    by_kind = answer_questions(model, processor, asked)
+    save(folder, model, processor)
+    return {"qa mean": float(np.mean(list(by_kind.values()))), **{f"qa {k}": v for k, v in by_kind.items()}}
+
+
+def make_timesformer(folder, sizes, seed, test_videos):
+    model, processor, by_class = train_timesformer(sizes, seed, test_videos)
+    save(folder, model, processor)
+    return {f"video {name}": value for name, value in by_class.items()}
 
 
 def save(folder, model, processor):
@@ -948,6 +962,15 @@ def main():
     args = parse_args()
     asked = {"also": str(args.also.resolve()) if args.also else None, "seed": args.seed, "smoke": args.smoke}
     report = args.out / "standin.json"
+    if not report.exists():
+        # held while this process or one of its children lives: one that outlived a kill may still be writing
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(args.out.resolve().parent, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{args.out}: another process builds a world beside it, waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
     if report.exists():
         found = json.loads(report.read_text())
         differing = [name for name in asked if found["args"][name] != asked[name]]

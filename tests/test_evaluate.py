@@ -237,7 +237,8 @@ def test_judge_by_hand():
     assert [c["clap"] for c in found[0]] == [1, 1, 0] and found[1][0]["clap"] == pytest.approx(0.8)
     assert [round(c["clap_other"], 3) for c in found[0]] == [0.6, 0.6, 0.8]   # those of the clip before it
     agreement = evaluate.scst.CiderD([["a dog barks", "a dog barks loudly", "rain"], [""]])
-    assert found[0][0]["consensus"] == agreement.score("a dog barks", ["a dog barks loudly", "rain"]) > 0
+    assert found[0][0]["consensus"] == agreement.score_many(
+        ["a dog barks"], [["a dog barks loudly", "rain"]]).item() > 0
     assert found[0][2]["consensus"] == 0 == found[1][0]["consensus"]
 
 

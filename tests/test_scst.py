@@ -38,8 +38,8 @@ def test_equals_pycocoevalcap_on_released_captions(shared):
 def test_the_end_counts():
     references = [["a dog barks"], ["a cat meows"]]
     reward = scst.CiderD(references, end=True)
-    assert reward.score("a dog barks", references[0]) > reward.score("a dog barks", references[0], ended=False)
-    assert reward.score("a dog barks", references[0]) > reward.score("a dog", references[0])
+    assert reward.score_many(["a dog barks"], references[:1]) > reward.score_many(["a dog barks"], references[:1], [False])
+    assert reward.score_many(["a dog barks"], references[:1]) > reward.score_many(["a dog"], references[:1])
 
 
 @pytest.mark.parametrize("text, wanted", [
@@ -51,7 +51,7 @@ def test_words(text, wanted):
 
 @pytest.mark.parametrize("hypothesis", ["", "dog", "zebra"])
 def test_short_hypotheses_score_and_do_not_crash(hypothesis):
-    value = scst.CiderD([["a dog barks"], ["a cat"]]).score(hypothesis, ["a dog barks"])
+    value = scst.CiderD([["a dog barks"], ["a cat"]]).score_many([hypothesis], [["a dog barks"]]).item()
     assert np.isfinite(value) and value >= 0
 
 
