@@ -39,6 +39,7 @@ import scst
 SOUND_PROMPT = "Describe the sound."
 VIDEO_PROMPT = "Describe the video."
 MAX_NEW_TOKENS = 40
+LENGTH_PENALTY = 0.7  # a beam's log-probability is divided by length to this power; README, "Tuning", says why
 
 
 # ---------------------------------------------------------------- the backbone and its prompts
@@ -173,10 +174,9 @@ def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0, limit=No
     backbone.decoder(input_ids=prompt[:, :-1], past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(k)
     config = GenerationConfig(
-        max_new_tokens=min(limit or MAX_NEW_TOKENS, MAX_NEW_TOKENS), num_beams=1 if sampling else k,
-        num_return_sequences=k, do_sample=sampling,
-        **(dict(top_p=top_p, top_k=0) if sampling else {}), eos_token_id=backbone.eos, pad_token_id=backbone.pad,
-        bos_token_id=backbone.tokenizer.bos_token_id)
+        max_new_tokens=min(limit or MAX_NEW_TOKENS, MAX_NEW_TOKENS), num_return_sequences=k, do_sample=sampling,
+        **(dict(top_p=top_p, top_k=0) if sampling else dict(num_beams=k, length_penalty=LENGTH_PENALTY)),
+        eos_token_id=backbone.eos, pad_token_id=backbone.pad, bos_token_id=backbone.tokenizer.bos_token_id)
     warp = LogitsProcessorList([lambda _, logits: logits / temperature] if sampling else [])
     return backbone.llava.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt),
                                    generation_config=config, logits_processor=warp, past_key_values=cache)
@@ -599,7 +599,7 @@ def caption(run, args):
     home = run.parent if run.name == "scst" else run
     training = json.loads((home / "training.json").read_text())
     decoding = {"beams": args.beams, "samples": how["samples"], "rerank": args.rerank, "max_new_tokens": MAX_NEW_TOKENS,
-                "prompt": config["prompt"], "seed": args.seed}
+                "length_penalty": LENGTH_PENALTY, "prompt": config["prompt"], "seed": args.seed}
     result = {"name": config["name"], "kind": config["fusion"], "seed": config["seed"], "dataset": config["dataset"],
               "split": args.split, "hear": args.hear, "n": scored["n"],
               "missing": len(split.missing), "bad": len(split.bad),

@@ -26,6 +26,7 @@ SCRIPTS = ("train.py", "fusion.py", "data.py", "scst.py", "evaluate.py", "bootst
            "requirements.txt")
 TIMES = {"seconds", "clips_per_second", "val_seconds", "reward_seconds", "clips_a_second", "train_hours", "hardware",
          "seconds_to_90_percent", "train_seconds", "cache", "out", "init", "beside", "git"}  # differ from run to run
+CLOCKED = {"minutes", "minutes to 90%", "minutes of training", "clips/s", "hardware"}     # columns of REPORT.md
 
 
 def copy(folder, world):
@@ -50,6 +51,21 @@ def timeless(value):
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
+def timeless_report(text):
+    """REPORT.md without the columns and the line that a clock or the machine wrote."""
+    lines, columns = [], None
+    for line in text.splitlines():
+        if line.startswith("|"):
+            cells = [c.strip() for c in line.strip("|").split("|")]
+            columns = columns or [i for i, c in enumerate(cells) if c not in CLOCKED]
+            line = " | ".join(cells[i] for i in columns)
+        else:
+            columns = None
+        if "hours of training" not in line:
+            lines.append(line)
+    return lines
+
+
 def results(folder):
     """{path: content} of everything that a finished study leaves and that must not depend on how it went."""
     experiments, found = folder / "experiments", {}
@@ -60,8 +76,14 @@ def results(folder):
                 found[name] = timeless(json.loads(path.read_text()))
             elif path.suffix == ".jsonl":
                 found[name] = [timeless(json.loads(line)) for line in path.read_text().splitlines()]
+            elif path.name == "REPORT.md":
+                found[name] = timeless_report(path.read_text())
             elif path.suffix == ".safetensors":
                 found[name] = path.read_bytes()
+            elif path.suffix in (".png", ".pdf"):
+                found[name] = path.stat().st_size > 1000  # some show minutes
+            elif path.name not in ("cmd.txt", "run.log", "lock"):
+                found[name] = "there"
     return found
 
 
@@ -88,25 +110,30 @@ def kill(args, place, world):
     assert start(whole, PHASES=args.phases, SEEDS="0").wait() == 0
     length = time.time() - began
     print(f"uninterrupted: {length:.0f} s")
-    finished, twice, kills = {}, [], 0
+    finished, twice, kills, at_end = {}, [], 0, 0
+    first, last = 3, max(8, 1.5 * length / args.times)  # seconds from a start to its kill
     while kills < args.times:
-        process = start(killed, PHASES=args.phases, SEEDS="0")
-        time.sleep(rng.uniform(3, max(8, 1.5 * length / args.times)))
-        if process.poll() is not None:
-            break
+        began, process = time.time(), start(killed, PHASES=args.phases, SEEDS="0")
+        try:
+            assert process.wait(rng.uniform(first, last)) == 0
+            # the study is finished: the other kills hit what it does again, its statistics, copies and report
+            first, last = 0.2, time.time() - began
+            continue
+        except subprocess.TimeoutExpired:
+            pass
         for pid in descendants(process.pid):
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
         process.wait()
-        kills += 1
+        kills, at_end = kills + 1, at_end + (first < 3)
         marks = {p: p.stat().st_mtime_ns for p in killed.glob("experiments/smoke/*/*/training.json")}
         twice += [str(p) for p, t in finished.items() if marks.get(p) != t]
         finished = marks
         print(f"kill {kills}: {len(marks)} runs trained", flush=True)
     assert start(killed, PHASES=args.phases, SEEDS="0").wait() == 0
-    print(f"{kills} kills; trained twice: {twice or 'none'}")
+    print(f"{kills} kills, {at_end} of them after the last training; trained twice: {twice or 'none'}")
     return check("kill", results(whole), results(killed)) and not twice
 
 

@@ -174,21 +174,14 @@ def test_candidates(listener):
     assert any(c["source"] == "sample" for k in found for c in k)
 
 
-# ---------------------------------------------------------------- reranking
-
 @pytest.mark.parametrize("kind", fusions.SYSTEMS)
 @pytest.mark.parametrize("k, sampling", [(4, False), (3, True)])
-def test_a_prompt_read_once_is_generate_that_reads_it_k_times(world, kind, k, sampling):
+def test_a_prompt_read_once_is_generate_that_reads_it_k_times(prompted, kind, k, sampling):
     from transformers import GenerationConfig
-    backbone = evaluate.load_backbone(str(world / "models/llava"), "cpu")
-    torch.manual_seed(0)
-    fusion = fusions.build(kind, backbone.decoder, encoder_width=8, layers=[3, 6], tokens=4, hidden=16)
-    if fusion.has_gate:
-        fusion.set_gates(0.3)
-    ids, slots = (x and torch.tensor([x] * 3) for x in backbone.prompt(evaluate.SOUND_PROMPT, 4 * (kind == "concat")))
+    backbone, fusion, ids, slots = prompted(kind, 3)
     config = GenerationConfig(max_new_tokens=evaluate.MAX_NEW_TOKENS, do_sample=sampling, num_return_sequences=k,
-                              num_beams=1 if sampling else k, top_k=0, eos_token_id=backbone.eos,
-                              pad_token_id=backbone.pad)
+                              num_beams=1 if sampling else k, length_penalty=evaluate.LENGTH_PENALTY, top_k=0,
+                              eos_token_id=backbone.eos, pad_token_id=backbone.pad)
     with torch.inference_mode(), fusion.attach(backbone.decoder, torch.randn(3, 5, 8), slots=slots):
         torch.manual_seed(1)
         rows = evaluate.generate(backbone, ids, k, sampling)
@@ -196,6 +189,14 @@ def test_a_prompt_read_once_is_generate_that_reads_it_k_times(world, kind, k, sa
         plain = backbone.llava.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
     assert rows.shape[0] == 3 * k and torch.equal(rows, plain)
 
+
+def test_samples_stop_at_their_limit(prompted):
+    backbone, fusion, ids, _ = prompted("additive", 2)
+    with torch.inference_mode(), fusion.attach(backbone.decoder, torch.randn(2, 5, 8)):
+        assert evaluate.generate(backbone, ids, 3, True, limit=2).shape == (6, ids.shape[1] + 2)
+
+
+# ---------------------------------------------------------------- reranking
 
 def candidates(*rows):
     return [dict(zip(("text", "logprob", "clap", "clap_other", "consensus"), row)) for row in rows]

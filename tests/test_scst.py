@@ -55,6 +55,14 @@ def test_short_hypotheses_score_and_do_not_crash(hypothesis):
     assert np.isfinite(value) and value >= 0
 
 
+def test_what_was_asked_before_changes_no_bit():
+    reward, odd = scst.CiderD([["a dog barks"], ["a cat"]]), "zebra yak zebra yak yak"
+    first = reward.score_many([odd], [["a dog barks"]])
+    reward.score_many(["yak yak gnu zebra", "gnu"], [["a cat"], [odd]])
+    assert torch.equal(reward.score_many([odd], [["a dog barks"]]), first)
+    assert reward.score_many([odd], [[odd]]).item() > 0  # also where no n-gram is of the corpus
+
+
 def test_no_references_are_refused():
     with pytest.raises(ValueError, match="a reference for each"):
         scst.CiderD([["a dog"], []])

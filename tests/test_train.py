@@ -81,14 +81,9 @@ def test_order_is_a_function_of_seed_and_step():
 
 
 @pytest.mark.parametrize("kind", fusions.SYSTEMS)
-def test_samples_behind_one_prompt_are_samples_behind_their_own(world, kind):
+def test_samples_behind_one_prompt_are_samples_behind_their_own(prompted, kind):
     """Log-probabilities and gradients, for two clips of three samples each."""
-    backbone = evaluate.load_backbone(str(world / "models/llava"), "cpu")
-    torch.manual_seed(0)
-    fusion = fusions.build(kind, backbone.decoder, encoder_width=8, layers=[3, 6], tokens=4, hidden=16)
-    if fusion.has_gate:
-        fusion.set_gates(0.3)
-    ids, slots = (x and torch.tensor([x] * 2) for x in backbone.prompt(evaluate.SOUND_PROMPT, 4 * (kind == "concat")))
+    backbone, fusion, ids, slots = prompted(kind, 2)
     new, P = torch.randint(5, 300, (6, 7)), ids.shape[1]
     rows, (packed, how), found = torch.cat([ids.repeat_interleave(3, 0), new], 1), train.pack(ids, new), []
     with fusion.attach(backbone.decoder):
