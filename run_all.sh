@@ -27,7 +27,7 @@ die() { echo "error: $*" >&2; exit 2; }
 # ------------------------------------------------------------------ scale: paths and flags, nothing else
 case $SCALE in
 tiny)
-    WORLD=$NAME                  # made by tests/standin.py on first use, about 4 minutes
+    WORLD=$NAME                  # made by tests/standin.py on first use, about 3 minutes
     AUDIOCAPS=$WORLD/data/audiocaps; CLOTHO=$WORLD/data/clotho; QA=$WORLD/data/qa/test.json
     LLAVA=$WORLD/models/llava; CLAP=$WORLD/models/clap
     AV=$WORLD/data/av; TIMESFORMER=$WORLD/models/timesformer
@@ -436,7 +436,7 @@ if [ "$DRY" = 0 ]; then
     trap stop INT TERM
 fi
 if [ "$SCALE" = tiny ]; then
-    [ "$DRY" = 1 ] || log "stand-in world: $WORLD (4 minutes on first use, then skipped)"
+    [ "$DRY" = 1 ] || log "stand-in world: $WORLD (3 minutes on first use, then skipped)"
     if [ "$DRY" = 1 ]; then echo "python tests/standin.py --out $WORLD"
     else
         "$PYTHON" tests/standin.py --out "$WORLD" $([ "$SMOKE" = 1 ] && echo --smoke) 9>&- &

@@ -2,10 +2,12 @@
 
     python tests/soak.py kill --times 10       # SIGKILL to run_all.sh and all its children, at random moments
     python tests/soak.py jobs                  # JOBS=2 against JOBS=1: the same files, and how much faster
+    python tests/soak.py disk --times 10       # training onto disks that are too small, then with room
     python tests/soak.py fuzz --times 2000     # spoilt tables, JSON, checkpoints and command lines: read right or refused
     python tests/soak.py media --times 500     # spoilt sounds and videos: decoded, or named
 
-The first two use the smoke scale, SMOKE=1, in a temporary copy; --phases says which phases.
+The first three use the smoke scale; kill and jobs run SMOKE=1 in a temporary copy, --phases says which phases.
+`unshare -rn python tests/soak.py ...` cuts the network.
 """
 import argparse
 import contextlib
@@ -146,6 +148,53 @@ def jobs(args, place, world):
         seconds[n], found[n] = time.time() - began, results(folder)
     print(f"JOBS=2 is {seconds['1'] / seconds['2']:.2f} times as fast as JOBS=1 ({seconds['2']:.0f} s, {seconds['1']:.0f} s)")
     return check("jobs", found["1"], found["2"])
+
+
+def disk(args, place, world):
+    """Training on disks of 0.1 to 8 MB: refused in one line, what was saved loads, and with room it ends as ever."""
+    if "SOAK_MOUNTS" not in os.environ:  # mounts need a namespace, and nobody else should see them
+        again = ["unshare", "-rm", sys.executable, __file__, "disk", "--times", str(args.times), "--seed", str(args.seed),
+                 "--world", str(world)]
+        return subprocess.run(again, env={**os.environ, "SOAK_MOUNTS": "1"}).returncode == 0
+    import evaluate
+    import fusion
+    decoder, rng = evaluate.load_backbone(world / "models/llava", "cpu").decoder, random.Random(args.seed)
+    faults, refused, loaded = [], 0, 0
+
+    def train(folder):
+        return subprocess.run([sys.executable, ROOT / "train.py", "--data", world / "data/audiocaps", "--llava",
+                               world / "models/llava", "--encoder", world / "models/clap", "--layers", "3", "6",
+                               "--batch-size", "16", "--steps", "6", "--eval-every", "3", "--scst", "auto",
+                               "--scst-steps", "2", "--out", folder / "run"], capture_output=True, text=True)
+
+    def saved(folder):
+        return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors")}
+
+    (place / "room").mkdir()
+    assert train(place / "room").returncode == 0
+    whole = saved(place / "room/run")
+    for k in range(args.times):
+        folder, size = place / f"disk{k}", int(100 * 80 ** rng.random())
+        folder.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", folder], check=True)
+        done, left = train(folder), folder / "run"
+        if done.returncode:
+            refused += 1
+            said = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith(("error", "Trace"))]
+            if done.returncode != 2 or len(said) != 1 or "No space left" not in said[0]:
+                faults.append(f"{size} kB: status {done.returncode}: {said or done.stderr[-200:]}")
+        for checkpoint in (left, left / "scst"):
+            if done.returncode and (checkpoint / "fusion.json").exists():
+                fusion.load(checkpoint, decoder)
+                loaded += 1
+        subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
+        done = train(folder)
+        if done.returncode or saved(left) != whole or [*folder.rglob("*.tmp")]:
+            faults.append(f"{size} kB, then room: status {done.returncode}, {sorted(saved(left))}, {[*folder.rglob('*.tmp')]}")
+        subprocess.run(["umount", folder], check=True)
+    print(f"disk: {args.times} sizes, {refused} too small, {loaded} checkpoints loaded there, {len(faults)} faults", *faults,
+          sep="\n  ")
+    return not faults
 
 
 # ---------------------------------------------------------------- spoilt files
@@ -381,8 +430,8 @@ def told(counts, faults):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="+", choices=["kill", "jobs", "fuzz", "media"])
-    parser.add_argument("--times", type=int, default=10, help="kills, or cases")
+    parser.add_argument("what", nargs="+", choices=["kill", "jobs", "disk", "fuzz", "media"])
+    parser.add_argument("--times", type=int, default=10, help="kills, disks or cases")
     parser.add_argument("--phases", default="0 1 2", help="of run_all.sh")
     parser.add_argument("--seed", type=int, default=0, help="of moments and damage")
     parser.add_argument("--world", type=Path, help="a finished smoke world; without it one is built")
@@ -400,7 +449,7 @@ def main():
                 ok &= told(counts, faults)
                 print(f"largest memory grew by {grown:.0f} MB")
             else:
-                ok &= {"kill": kill, "jobs": jobs}[what](args, place, world)
+                ok &= {"kill": kill, "jobs": jobs, "disk": disk}[what](args, place, world)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     sys.exit(0 if ok else 1)
