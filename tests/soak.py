@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -180,7 +181,7 @@ def disk(args, place, world):
         done, left = train(folder), folder / "run"
         if done.returncode:
             refused += 1
-            said = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith(("error", "Trace"))]
+            said = re.findall("error: .*|Traceback", done.stderr)
             if done.returncode != 2 or len(said) != 1 or "No space left" not in said[0]:
                 faults.append(f"{size} kB: status {done.returncode}: {said or done.stderr[-200:]}")
         for checkpoint in (left, left / "scst"):

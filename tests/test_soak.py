@@ -39,3 +39,9 @@ def test_damage_is_a_function_of_its_seed_and_never_large(seed):
     content = bytes(range(256)) * 20
     one, two = (soak.spoilt(random.Random(seed), content) for _ in range(2))
     assert one == two != content and len(one) < len(content) + 3 * 6000
+
+
+def test_reports_are_compared_without_their_clock():
+    report = "# Report\n\n3 results, {} hours of training.\n\n| run | minutes | CIDEr-D |\n| --- | ---: | ---: |\n| a | {} | {} |\n"
+    one, later, other = (soak.timeless_report(report.format(*x)) for x in (("0.1", 3, 2.5), ("0.2", 4, 2.5), ("0.1", 3, 2.6)))
+    assert one == later != other and "a | 2.5" in one
