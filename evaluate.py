@@ -173,9 +173,9 @@ def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0, limit=No
     cache = DynamicCache(config=backbone.decoder.config)
     backbone.decoder(input_ids=prompt[:, :-1], past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(k)
+    kind = dict(top_p=top_p, top_k=0) if sampling else dict(num_beams=k, length_penalty=LENGTH_PENALTY) if k > 1 else {}
     config = GenerationConfig(
-        max_new_tokens=min(limit or MAX_NEW_TOKENS, MAX_NEW_TOKENS), num_return_sequences=k, do_sample=sampling,
-        **(dict(top_p=top_p, top_k=0) if sampling else dict(num_beams=k, length_penalty=LENGTH_PENALTY)),
+        max_new_tokens=min(limit or MAX_NEW_TOKENS, MAX_NEW_TOKENS), num_return_sequences=k, do_sample=sampling, **kind,
         eos_token_id=backbone.eos, pad_token_id=backbone.pad, bos_token_id=backbone.tokenizer.bos_token_id)
     warp = LogitsProcessorList([lambda _, logits: logits / temperature] if sampling else [])
     return backbone.llava.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt),
@@ -269,8 +269,8 @@ def meteor():
         def __init__(self):
             self.stats, self.lock = [], threading.Lock()
             self.meteor_p = subprocess.Popen(   # another locale than this prints decimal commas
-                [java(), "-Duser.country=US", "-Duser.language=en", "-Dfile.encoding=UTF-8", "-Xmx2G",
-                 "-XX:+UseSerialGC", "-jar", METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"],
+                [java(), "-Duser.country=US", "-Duser.language=en", "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar",
+                 METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"],
                 cwd=pycocoevalcap_folder() / "meteor", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL)
 
@@ -327,7 +327,7 @@ def score(items, quick=False):
     are one of the references. The rest is from pycocoevalcap after its tokeniser, but spice_lite and spider_lite.
     spice and spider are None where SPICE is not installed. quick: only what model selection needs.
     """
-    n = len(items)
+    n, jar = len(items), None if quick else meteor()  # its Java reads its tables while the rest is computed
     bounds = np.cumsum([0] + [len(i["references"]) for i in items])
     flat = tokenise([i["prediction"] for i in items] + [r for i in items for r in i["references"]])
     hypotheses, tokens = flat[:n], flat[n:]
@@ -352,7 +352,6 @@ def score(items, quick=False):
             closest = min((abs(length - c["testlen"]), length) for length in c["reflen"])[1]
             s["bleu"] = [c["testlen"], closest, *c["guess"], *c["correct"]]
         values["rouge_l"] = Rouge().compute_score(gts, res)[1].tolist()
-        jar = meteor()
         jar.stats.clear()
         corpus["meteor"], values["meteor"] = jar.compute_score(gts, res)
         for s, row in zip(stats, jar.stats):
