@@ -265,11 +265,13 @@ def meteor():
     """pycocoevalcap's METEOR with its one JVM, started once a process; keeps each item's 23 statistics."""
     from pycocoevalcap.meteor.meteor import METEOR_JAR, Meteor
 
+    path = java()  # or its one line, before there is an object to be torn down
+
     class RecordingMeteor(Meteor):
         def __init__(self):
             self.stats, self.lock = [], threading.Lock()
             self.meteor_p = subprocess.Popen(   # another locale than this prints decimal commas
-                [java(), "-Duser.country=US", "-Duser.language=en", "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar",
+                [path, "-Duser.country=US", "-Duser.language=en", "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar",
                  METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"],
                 cwd=pycocoevalcap_folder() / "meteor", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL)
