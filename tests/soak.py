@@ -107,21 +107,21 @@ def check(name, whole, again):
 
 
 def kill(args, place, world):
-    """An uninterrupted study against one that is killed again and again."""
+    """An uninterrupted study against one that is killed again and again, then a third as often while it reports."""
     whole, killed, rng = copy(place / "whole", world), copy(place / "killed", world), random.Random(args.seed)
     began = time.time()
     assert start(whole, PHASES=args.phases, SEEDS="0").wait() == 0
     length = time.time() - began
-    print(f"uninterrupted: {length:.0f} s")
-    finished, twice, kills, at_end = {}, [], 0, 0
-    first, last = 3, max(8, 1.5 * length / args.times)  # seconds from a start to its kill
-    while kills < args.times:
-        began, process = time.time(), start(killed, PHASES=args.phases, SEEDS="0")
+    print(f"uninterrupted: {length:.0f} s", flush=True)
+    finished, twice, kills = {}, [], 0
+
+    def slain(first, last):
+        """Start the study and kill it after so many seconds; False if it ended by itself before that."""
+        nonlocal finished, twice, kills
+        process = start(killed, PHASES=args.phases, SEEDS="0")
         try:
             assert process.wait(rng.uniform(first, last)) == 0
-            # the study is finished: the other kills hit what it does again, its statistics, copies and report
-            first, last = 0.2, time.time() - began
-            continue
+            return False
         except subprocess.TimeoutExpired:
             pass
         for pid in descendants(process.pid):
@@ -130,13 +130,22 @@ def kill(args, place, world):
             except ProcessLookupError:
                 pass
         process.wait()
-        kills, at_end = kills + 1, at_end + (first < 3)
         marks = {p: p.stat().st_mtime_ns for p in killed.glob("experiments/smoke/*/*/training.json")}
         twice += [str(p) for p, t in finished.items() if marks.get(p) != t]
-        finished = marks
+        finished, kills = marks, kills + 1
         print(f"kill {kills}: {len(marks)} runs trained", flush=True)
+        return True
+
+    while kills < args.times and slain(3, max(8, 1.5 * length / args.times)):
+        pass
     assert start(killed, PHASES=args.phases, SEEDS="0").wait() == 0
-    print(f"{kills} kills, {at_end} of them after the last training; trained twice: {twice or 'none'}")
+    began, during = time.time(), kills
+    assert start(killed, PHASES=args.phases, SEEDS="0").wait() == 0  # what a finished study does again: the report
+    again = time.time() - began
+    while kills < during + max(1, args.times // 3):
+        slain(0.1, again)
+    assert start(killed, PHASES=args.phases, SEEDS="0").wait() == 0
+    print(f"{during} kills, and {kills - during} while the report was written; trained twice: {twice or 'none'}")
     return check("kill", results(whole), results(killed)) and not twice
 
 
