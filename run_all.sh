@@ -33,7 +33,7 @@ tiny)
     AV=$WORLD/data/av; TIMESFORMER=$WORLD/models/timesformer
     LAYERS="3 6"; TOKENS=16; HIDDEN=512
     TRAIN="--batch-size 32 --steps 400 --eval-every 100"
-    SCST="--scst auto --scst-lr 5e-4 --scst-temperature 0.5 --scst-steps 100"
+    SCST="--scst auto --scst-lr 5e-4 --scst-temperature 0.3 --scst-steps 100"
     TRAIN_CLOTHO="--batch-size 32 --steps 160 --eval-every 80"
     SHORT="--batch-size 32 --steps 160 --eval-every 80"
     declare -A RATES=(           # from 3e-3 and 6e-3 by validation: README, "Tuning"
