@@ -495,6 +495,15 @@ class Features:
         return self.frames[self.offsets[i]:self.offsets[i + 1]].float()
 
 
+def lock_or_wait(held, message):
+    """Lock an open file until it is closed by all who inherited it; `message` is said if another has to be waited for."""
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(message, flush=True)
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+
 def load_features(split, encoder, cache_dir, modality="audio"):
     """Features of the clips of `split` from the cache, where they are computed first if they are not there.
 
@@ -521,11 +530,7 @@ def _build_features(path, split, encoder, modality, pool):
     """As _read_features, after writing the file; a job that finds another at it waits for that one's."""
     lock = path.with_suffix(".lock")
     with open(lock, "w") as held:  # it is released with the process, however that ends
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another job that builds {path.name}", flush=True)
-            fcntl.flock(held, fcntl.LOCK_EX)
+        lock_or_wait(held, f"waiting for another job that builds {path.name}")
         found = _read_features(path, split)
         if found is None:
             for left in path.parent.glob(f"{path.name}.tmp.*"):  # by a job that was killed

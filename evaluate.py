@@ -173,9 +173,10 @@ def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0, limit=No
     cache = DynamicCache(config=backbone.decoder.config)
     backbone.decoder(input_ids=prompt[:, :-1], past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(k)
-    kind = dict(top_p=top_p, top_k=0) if sampling else dict(num_beams=k, length_penalty=LENGTH_PENALTY) if k > 1 else {}
+    beams = dict(num_beams=k, length_penalty=LENGTH_PENALTY) if k > 1 else {}  # greedy decoding has no penalty to take
     config = GenerationConfig(
-        max_new_tokens=min(limit or MAX_NEW_TOKENS, MAX_NEW_TOKENS), num_return_sequences=k, do_sample=sampling, **kind,
+        max_new_tokens=min(limit or MAX_NEW_TOKENS, MAX_NEW_TOKENS), num_return_sequences=k, do_sample=sampling,
+        **(dict(top_p=top_p, top_k=0) if sampling else beams),
         eos_token_id=backbone.eos, pad_token_id=backbone.pad, bos_token_id=backbone.tokenizer.bos_token_id)
     warp = LogitsProcessorList([lambda _, logits: logits / temperature] if sampling else [])
     return backbone.llava.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt),

@@ -592,7 +592,8 @@ SECTIONS = [  # title, table, the phase that makes it, note, figures
     ("Comparisons", table_statistics, 4, "{choice} Paired bootstrap of items, and of seeds where there are several; p "
      "is two-sided, Holm over the metrics of a comparison.", [figure_intervals]),
     ("Efficiency", table_efficiency, 1, "FLOPs: products of matrices in decoding a clip, as torch.utils.flop_counter "
-     "sees them; a system that is reranked decodes samples as well. Minutes to 90%: wall-clock to the first validation with 90% of the final {name}.", []),
+     "sees them; a system that is reranked decodes samples as well. Minutes to 90%: wall-clock to the first validation "
+     "with 90% of the final {name}.", []),
     ("Appendix: gates at the start", table_sweep("gate_init"), 5, "", []),
     ("Appendix: noise", table_robustness, 5, "Test {name}, greedy decoding.", [figure_snr])]
 

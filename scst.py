@@ -15,7 +15,7 @@ import re
 import torch
 
 END = "<end>"  # stands for the end token in a reward's captions: a sentence that stops must say so to earn it
-LOW = (1 << 32) - 1
+LOW = (1 << 32) - 1  # the second of two numbers that are packed into one integer
 
 
 class CiderD:
@@ -74,9 +74,8 @@ class CiderD:
         similarity = torch.zeros(len(left), dtype=torch.float64)
         for n, (rows, count) in enumerate(self._ngrams(captions)):
             caption, gram = rows >> 32, rows & LOW
-            rarity = self._rarity[n].new_full((len(self._rarity[n]) + len(rows),), self._unseen)
-            rarity[:len(self._rarity[n])] = self._rarity[n]
-            weight = count * rarity[gram]
+            unseen = self._rarity[n].new_full((len(rows),), self._unseen)           # at most so many are new
+            weight = count * torch.cat([self._rarity[n], unseen])[gram]
             norm = torch.bincount(caption, weight ** 2, len(captions)).sqrt()
             if n == 1:
                 length = torch.bincount(caption, count.double(), len(captions))  # in bigrams, as coco-caption has it

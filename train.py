@@ -12,7 +12,6 @@ import data
 from data import InputError, write_json
 
 import argparse
-import fcntl
 import json
 import math
 import os
@@ -271,11 +270,7 @@ def alone_in(out):
         return None
     (out / "state").mkdir(parents=True, exist_ok=True)
     lock = open(out / "state" / "lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"{out}: another process trains there, waiting for it", flush=True)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    data.lock_or_wait(lock, f"{out}: another process trains there, waiting for it")
     return lock
 
 

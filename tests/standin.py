@@ -12,7 +12,6 @@ Shapes: B clips, S mel frames, M mel bands.
 """
 import argparse
 import csv
-import fcntl
 import json
 import os
 import shutil
@@ -965,12 +964,8 @@ def main():
     if not report.exists():
         # held while this process or one of its children lives: one that outlived a kill may still be writing
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(args.out.resolve().parent, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{args.out}: another process builds a world beside it, waiting for it", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        data.lock_or_wait(os.open(args.out.resolve().parent, os.O_RDONLY),
+                          f"{args.out}: another process builds a world beside it, waiting for it")
     if report.exists():
         found = json.loads(report.read_text())
         differing = [name for name in asked if found["args"][name] != asked[name]]
