@@ -161,10 +161,8 @@ def attached(backbone, branches, which, slots=None):
         yield tokens[branches[-1][0]] if branches else None
 
 
-def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0, limit=None):
+def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0):
     """k beams or k samples of each row of a prompt (B, P), in order -> (B * k, P + T). Attach before calling.
-
-    limit: the most tokens of a caption, if fewer than MAX_NEW_TOKENS.
 
     The prompt is read once a row, and not k times as generate() would: it gets the keys and values of all positions
     but the last.
@@ -175,7 +173,7 @@ def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0, limit=No
     cache.batch_repeat_interleave(k)
     beams = dict(num_beams=k, length_penalty=LENGTH_PENALTY) if k > 1 else {}  # greedy decoding has no penalty to take
     config = GenerationConfig(
-        max_new_tokens=min(limit or MAX_NEW_TOKENS, MAX_NEW_TOKENS), num_return_sequences=k, do_sample=sampling,
+        max_new_tokens=MAX_NEW_TOKENS, num_return_sequences=k, do_sample=sampling,
         **(dict(top_p=top_p, top_k=0) if sampling else beams),
         eos_token_id=backbone.eos, pad_token_id=backbone.pad, bos_token_id=backbone.tokenizer.bos_token_id)
     warp = LogitsProcessorList([lambda _, logits: logits / temperature] if sampling else [])

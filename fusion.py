@@ -146,6 +146,7 @@ class Fusion(nn.Module):
         super().__init__()
         self.spec = spec
         self.projector = Projector(spec)
+        self.clip_of_row = None  # (rows,), while attached: whom each row of the batch hears, if not in order
 
     # -- what a system defines: prepare() once a clip, change() at each layer
 
@@ -190,7 +191,8 @@ class Fusion(nn.Module):
 
         frames (B, S, E) and mask (B, S) of the clips, None for no clip; slots (B, N): where the prompt's
         placeholders stand, for concat only. Yields the modality tokens (B, N, D), or None. When generation
-        expands the batch (beams, samples), each clip's features serve its expanded rows, in order.
+        expands the batch (beams, samples), each clip's features serve its expanded rows, in order; a decoding loop
+        that gives clips unequally many rows says whose each is in `clip_of_row`, step by step.
         Take a `split` inside an attach: unfreeze puts its own blocks in place, and they belong in the head.
         """
         check_backbone(self.spec.backbone, describe_backbone(decoder))
@@ -202,6 +204,7 @@ class Fusion(nn.Module):
                     handles.append(self._hook(decoder.layers[layer], layer, prepared, slots))
             yield tokens
         finally:
+            self.clip_of_row = None
             for handle in handles:
                 handle.remove()
             for index, block in swapped.items():
@@ -216,13 +219,17 @@ class Fusion(nn.Module):
 
         def hook(module, args, kwargs):
             h = args[0] if args else kwargs["hidden_states"]             # some decoders pass it by name
-            rows, clips = h.shape[0], prepared[0].shape[0]
-            if rows % clips:
+            rows, clips, whose = h.shape[0], prepared[0].shape[0], self.clip_of_row
+            if whose is None and rows % clips or whose is not None and rows != len(whose):
                 raise FusionError(f"{rows} sequences for {clips} clips: the batch is no multiple of the features")
-            if rows not in expanded:
-                expanded[rows] = [x.repeat_interleave(rows // clips, 0) for x in prepared]
+            if whose is not None:
+                heard = [x[whose] for x in prepared]
+            else:
+                if rows not in expanded:
+                    expanded[rows] = [x.repeat_interleave(rows // clips, 0) for x in prepared]
+                heard = expanded[rows]
             where = None if slots is None else slots.repeat_interleave(rows // len(slots), 0)
-            new = self.change(layer, h, expanded[rows], where).to(h.dtype)
+            new = self.change(layer, h, heard, where).to(h.dtype)
             return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
         return block.register_forward_pre_hook(hook, with_kwargs=True)

@@ -6,13 +6,15 @@
     r = reward.score_many(samples, references)                # (B * K,)
     loss = scst_loss(logprobs, mask, leave_one_out(r.view(B, K)))
 
-Copy this file alone: it needs torch. Captions are tokenised strings, words apart by spaces; B clips, K samples of
-each, T tokens of a sample.
+Copy this file alone: it needs torch, and `sample_tree` a decoder of transformers. Captions are tokenised strings,
+words apart by spaces; B clips, K samples of each, T tokens of a sample, P of the prompt, D decoder width, V words.
 """
 import math
 import re
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 END = "<end>"  # stands for the end token in a reward's captions: a sentence that stops must say so to earn it
 LOW = (1 << 32) - 1  # the second of two numbers that are packed into one integer
@@ -127,6 +129,96 @@ def scst_loss(logprobs, mask, advantage):
                          "do not belong together: (B, K, T), (B, K, T), (B, K)")
     mask = mask.to(logprobs.dtype)
     return -(advantage.detach()[..., None] * logprobs * mask).sum() / mask.sum().clamp(min=1)
+
+
+# ---------------------------------------------------------------- samples that share their beginnings
+
+@dataclass
+class Tree:
+    """K samples of each of B clips: every distinct beginning of a clip's samples stands there once.
+
+    One row a clip holds the prompt and then the places (L in all) from which the next token was drawn.
+    """
+    states: torch.Tensor          # (B, L, D): what the trunk makes of them
+    position_ids: torch.Tensor    # (B, L): as if each sample followed the prompt alone
+    attention_mask: torch.Tensor  # (B, 1, L, L), True: a place sees the prompt and what it goes on from
+    place: torch.Tensor           # (draws,): distinct (place, token) pairs, the place counted over all rows, B * L
+    token: torch.Tensor           # (draws,)
+    path: torch.Tensor            # (B * K, T): which draws a sample is made of
+    mask: torch.Tensor            # (B * K, T), True up to and with the end token
+
+    def samples(self):
+        """Token ids of each sample, a list of B * K lists."""
+        return [self.token[draws[real]].tolist() for draws, real in zip(self.path, self.mask)]
+
+    def logprobs(self, hidden, lm_head, temperature=1.0):
+        """log p of every sampled token, (B * K, T), from the decoder's states (B, L, D) of this tree."""
+        logits = lm_head(hidden.flatten(0, 1)[self.place]) / temperature                        # (draws, V)
+        return -F.cross_entropy(logits.float(), self.token, reduction="none")[self.path]
+
+
+@torch.no_grad()
+def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, limit, temperature=1.0, hears=lambda rows: None):
+    """K samples of each row of a prompt (B, P), at most `limit` tokens long, as a Tree.
+
+    The samples are independent draws: each draws its own next token, but what those that have agreed so far must
+    have computed is computed once, and nothing is for those that have ended. The states are the input of decoder
+    block `layer`. hears((rows,)) is told before each pass which clip each row of it belongs to, and None at
+    the end.
+    """
+    from transformers import DynamicCache
+    (B, P), device = prompt.shape, prompt.device
+    cache, states = DynamicCache(config=decoder.config), []
+    tap = decoder.layers[layer].register_forward_pre_hook(    # first of its hooks: before a fusion changes them
+        lambda _, args, kwargs: states.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True,
+        prepend=True)
+    rows, clip, place = prompt, torch.arange(B, device=device), torch.full((B,), P - 1, device=device)
+    chain = torch.empty(B, 0, dtype=torch.long, device=device)                # places that a row goes on from
+    at = clip.repeat_interleave(K)                                            # the row where each sample stands
+    alive = torch.arange(B * K, device=device)
+    used, draws, grown, paths = torch.full((B,), P, device=device), [], [], []
+    try:
+        for t in range(limit):
+            hears(clip)
+            hidden = decoder(input_ids=rows, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            chances = (lm_head(hidden).float() / temperature).softmax(-1)     # (rows, V)
+            upto, V = chances.double().cumsum(-1)[at], chances.shape[1]       # (alive, V); multinomial() is slower
+            drawn = torch.searchsorted(upto, torch.rand(len(at), 1, dtype=upto.dtype, device=device) * upto[:, -1:],
+                                       right=True).clamp(max=V - 1)[:, 0]
+            pairs, which = torch.unique(at * V + drawn, return_inverse=True)
+            parent, token = pairs // V, pairs % V
+            path = torch.full((B * K,), -1, device=device)
+            path[alive] = sum(len(d[0]) for d in draws) + which
+            paths.append(path)
+            draws.append((clip[parent], place[parent], token))
+            on = token != eos
+            if t + 1 == limit or not on.any():
+                break
+            alive, at = alive[on[which]], (on.cumsum(0) - 1)[which][on[which]]
+            parent, rows = parent[on], token[on][:, None]
+            cache.batch_select_indices(parent)
+            clip = clip[parent]                                               # ascending, as the rows are
+            place = used[clip] + torch.arange(len(clip), device=device) - torch.searchsorted(clip, clip)
+            used = used + torch.bincount(clip, minlength=B)
+            chain = torch.cat([chain[parent], place[:, None]], 1)
+            grown.append((clip, place, chain))
+    finally:
+        tap.remove()
+        hears(None)
+
+    L = int(used.max())
+    packed = states[0].new_zeros(B, L, states[0].shape[-1])
+    packed[:, :P] = states[0]
+    position = torch.arange(L, device=device).expand(B, L).clone()
+    seen = torch.zeros(B, L, L, dtype=torch.bool, device=device)
+    seen[:, :, :P] = torch.ones(L, P, dtype=torch.bool, device=device).tril()
+    for depth, ((clip, place, chain), new) in enumerate(zip(grown, states[1:])):
+        packed[clip, place] = new[:, 0]
+        position[clip, place] = P + depth
+        seen[clip[:, None], place[:, None], chain] = True
+    clip, place, token = (torch.cat(part) for part in zip(*draws))
+    path = torch.stack(paths, 1)
+    return Tree(packed, position, seen[:, None], clip * L + place, token, path.clamp(min=0), path >= 0)
 
 
 def demo():

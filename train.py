@@ -79,7 +79,7 @@ def parse_args(argv=None):
     p.add_argument("--scst-samples", type=int, default=5, help="K, samples a clip")
     p.add_argument("--scst-temperature", type=float, default=1.0,
                    help="of the policy that is sampled and trained; below 1 it is nearer to what greedy decoding says")
-    p.add_argument("--scst-lr", type=float, default=1e-5, help="learning rate of SCST")
+    p.add_argument("--scst-lr", type=float, default=1e-5, help="SCST's peak learning rate")
     # the machine
     p.add_argument("--seed", type=int, default=0, help="of initialisation, data order and samples")
     p.add_argument("--device", default=evaluate.default_device(), help="cpu, cuda or cuda:1")
@@ -198,30 +198,6 @@ class Order:
             clip = self.clips[k]
             out.append((clip, int(self.draws[k] * self.references[clip])))
         return out
-
-
-# ---------------------------------------------------------------- samples that share their prompt
-
-def pack(prompt, samples):
-    """K samples of each clip behind one prompt, so that the prompt is read once and not K times.
-
-    prompt (B, P), samples (B * K, T) -> ids (B, L), L = P + K * T, and what the decoder must know of them: positions,
-    as if each sample followed the prompt alone, and a mask by which no sample sees another.
-    """
-    (B, P), (rows, T) = prompt.shape, samples.shape
-    K, device = rows // B, prompt.device
-    after = torch.arange(P, P + T, device=device).repeat(K)
-    position = torch.cat([torch.arange(P, device=device), after])                                  # (L,)
-    whose = torch.cat([position.new_full((P,), -1), torch.arange(K, device=device).repeat_interleave(T)])
-    seen = (position <= position[:, None]) & ((whose == -1) | (whose == whose[:, None]))           # (L, L)
-    return (torch.cat([prompt, samples.reshape(B, K * T)], 1),
-            {"position_ids": position[None], "attention_mask": seen[None, None].expand(B, -1, -1, -1)})
-
-
-def unpack(hidden, P, K):
-    """States (B, P + K * T, D) of packed samples -> (B * K, T, D): those that predict each sample's tokens."""
-    own = hidden[:, P:].unflatten(1, (K, -1))                                                      # (B, K, T, D)
-    return torch.cat([hidden[:, None, P - 1:P].expand(-1, K, -1, -1), own[:, :, :-1]], 2).flatten(0, 1)
 
 
 # ---------------------------------------------------------------- one process among several
@@ -562,10 +538,10 @@ def main(argv=None):
 
     references = [[scst.words(r) for r in c.references] for c in clips]
     reward = scst.CiderD(references, end=True)
-    longest = max(len(answer) for _, answer in answers)  # a sample that goes on has failed already
+    longest = min(max(len(answer) for _, answer in answers), evaluate.MAX_NEW_TOKENS)  # what goes on has failed already
 
     def scst_step(step):
-        """Gradients of one self-critical step; K samples a clip from one generate."""
+        """Gradients of one self-critical step of K samples a clip."""
         batch = order.step(step, args.batch_size)
         terms, K = {"reward": 0.0}, args.scst_samples
         micro = args.micro_batch // world
@@ -574,24 +550,22 @@ def main(argv=None):
             mine = [c for c, _ in part[rank * micro:(rank + 1) * micro]]
             torch.manual_seed(((args.seed * 1_000_003 + step) * 1009 + k) * 97 + rank)
             with torch.no_grad(), backbone.autocast(), listening(mine):
-                ids = torch.tensor([prompt] * len(mine), device=backbone.device)
-                rows = evaluate.generate(backbone, ids, K, True, args.scst_temperature, limit=longest)
-                new = rows[:, P:]                                                             # (B * K, T)
-                length, ended = evaluate.lengths(new, backbone.eos)
-                new = new[:, :length.max()]
-                packed, how = pack(ids, new)
-                states = trunk(input_ids=packed, use_cache=False, **how).last_hidden_state    # (B, P + K * T, D)
-            texts = [scst.words(backbone.text(row[:n])) for row, n in zip(new.tolist(), length.tolist())]
+                tree = scst.sample_tree(
+                    decoder, lm_head, torch.tensor([prompt] * len(mine), device=backbone.device), K,
+                    layer=args.layers[0], eos=backbone.eos, limit=longest, temperature=args.scst_temperature,
+                    hears=lambda rows: setattr(fusion, "clip_of_row", rows))
+            samples = tree.samples()
+            texts, ended = [scst.words(backbone.text(s)) for s in samples], [s[-1] == backbone.eos for s in samples]
             targets = [references[c] for c in mine for _ in range(K)]
-            r = reward.score_many(texts, targets, ended.tolist()).float()
+            r = reward.score_many(texts, targets, ended).float()
             if args.reward == "spider_lite":
                 r = (r + torch.tensor([evaluate.spice_lite(t, ref) for t, ref in zip(texts, targets)])) / 2
             r = r.view(len(mine), K).to(backbone.device)
             with backbone.autocast(), listening(mine):
-                hidden = head(inputs_embeds=states, use_cache=False, **how).last_hidden_state
-                logprobs = evaluate.token_logprobs(lm_head(unpack(hidden, P, K)) / args.scst_temperature, new)
-            real = torch.arange(new.shape[1], device=new.device) < length[:, None]
-            loss = scst.scst_loss(logprobs.view(len(mine), K, -1), real.view(len(mine), K, -1),
+                hidden = head(inputs_embeds=tree.states, position_ids=tree.position_ids,
+                              attention_mask=tree.attention_mask, use_cache=False).last_hidden_state
+                logprobs = tree.logprobs(hidden, lm_head, args.scst_temperature)
+            loss = scst.scst_loss(logprobs.view(len(mine), K, -1), tree.mask.view(len(mine), K, -1),
                                   scst.leave_one_out(r)) / len(parts) / world
             (loss + args.gate_l2 * fusion.gate_penalty() / len(parts) / world).backward()
             terms["reward"] = terms["reward"] + r.mean() / len(parts) / world
@@ -659,7 +633,7 @@ def main(argv=None):
             raise NotFinite(f"{out}: {stage} step {step}: not finite: "
                             f"{', '.join(f'{k} {v}' for k, v in terms.items())}, gradient norm {norm}; clips "
                             f"{' '.join(clips[c].id for c in ids[:64])}")
-        rate = cosine(step, last, args.warmup) if stage == "xe" else min(1.0, (step + 1) / 10)
+        rate = cosine(step, last, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         optimizer.step()

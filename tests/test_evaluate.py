@@ -190,12 +190,6 @@ def test_a_prompt_read_once_is_generate_that_reads_it_k_times(prompted, kind, k,
     assert rows.shape[0] == 3 * k and torch.equal(rows, plain)
 
 
-def test_samples_stop_at_their_limit(prompted):
-    backbone, fusion, ids, _ = prompted("additive", 2)
-    with torch.inference_mode(), fusion.attach(backbone.decoder, torch.randn(2, 5, 8)):
-        assert evaluate.generate(backbone, ids, 3, True, limit=2).shape == (6, ids.shape[1] + 2)
-
-
 # ---------------------------------------------------------------- reranking
 
 def candidates(*rows):

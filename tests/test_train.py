@@ -19,6 +19,7 @@ from conftest import ROOT, python
 import data
 import evaluate
 import fusion as fusions
+import scst
 import train
 
 
@@ -81,27 +82,77 @@ def test_order_is_a_function_of_seed_and_step():
 
 
 @pytest.mark.parametrize("kind", fusions.SYSTEMS)
-def test_samples_behind_one_prompt_are_samples_behind_their_own(prompted, kind):
-    """Log-probabilities and gradients, for two clips of three samples each."""
+def test_samples_of_a_tree_are_samples_behind_their_own_prompt(prompted, kind):
+    """Trunk states, log-probabilities and gradients: two clips of five samples, and each sample in a row of its own."""
     backbone, fusion, ids, slots = prompted(kind, 2)
-    new, P = torch.randint(5, 300, (6, 7)), ids.shape[1]
-    rows, (packed, how), found = torch.cat([ids.repeat_interleave(3, 0), new], 1), train.pack(ids, new), []
-    with fusion.attach(backbone.decoder):
-        trunk, head = fusions.split(backbone.decoder, 3)
-    frames = torch.randn(2, 5, 8)
-    for tokens, more in ((rows, {}), (packed, how)):
+    decoder, lm_head, P, K = backbone.decoder, backbone.llava.lm_head, ids.shape[1], 5
+    with fusion.attach(decoder):
+        trunk, head = fusions.split(decoder, 3)
+    frames, found = torch.randn(2, 5, 8), []
+    torch.manual_seed(3)
+    with fusion.attach(decoder, frames, slots=slots):
+        tree = scst.sample_tree(decoder, lm_head, ids, K, layer=3, eos=backbone.eos, limit=7, temperature=0.2,
+                                hears=lambda rows: setattr(fusion, "clip_of_row", rows))
+    assert fusion.clip_of_row is None and tree.states.requires_grad is False
+    samples = tree.samples()
+    assert tree.mask.sum() == sum(map(len, samples)) > len(tree.token) > len(set(map(tuple, samples)))  # some is shared
+    rows = torch.tensor([[*ids[i // K].tolist(), *s, *[backbone.pad] * (7 - len(s))] for i, s in enumerate(samples)])
+    new, real = rows[:, P:][:, :tree.mask.shape[1]], tree.mask
+
+    def separately():
+        states = trunk(input_ids=rows, use_cache=False).last_hidden_state
+        hidden = head(inputs_embeds=states, use_cache=False).last_hidden_state[:, P - 1:-1][:, :new.shape[1]]
+        return evaluate.token_logprobs(lm_head(hidden) / 0.2, new)
+
+    def together():
+        hidden = head(inputs_embeds=tree.states, position_ids=tree.position_ids, attention_mask=tree.attention_mask,
+                      use_cache=False).last_hidden_state
+        return tree.logprobs(hidden, lm_head, 0.2)
+
+    for logprobs in (separately, together):
         fusion.zero_grad()
-        with fusion.attach(backbone.decoder, frames, slots=slots):
-            states = trunk(input_ids=tokens, use_cache=False, **more).last_hidden_state
-            hidden = head(inputs_embeds=states, use_cache=False, **more).last_hidden_state
-        hidden = train.unpack(hidden, P, 3) if more else hidden[:, P - 1:-1]
-        logprobs = evaluate.token_logprobs(backbone.llava.lm_head(hidden), new)
-        logprobs[:, ::2].sum().backward()
+        with fusion.attach(decoder, frames, slots=slots):
+            logprobs = logprobs() * real
+        logprobs[::2].sum().backward()
         found.append((logprobs.detach(), torch.cat([p.grad.flatten() for p in fusion.parameters()
                                                     if p.grad is not None])))
     torch.testing.assert_close(*(f[0] for f in found), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(*(f[1] for f in found), atol=1e-3, rtol=1e-3)
     assert found[0][1].abs().max() > 0.1
+
+
+def test_a_tree_draws_independently(prompted):
+    """Each clip's samples against the exact chances of its first two tokens, and two samples against each other."""
+    backbone, fusion, ids, _ = prompted("additive", 2)
+    decoder, lm_head, K = backbone.decoder, backbone.llava.lm_head, 4000
+    with torch.inference_mode(), fusion.attach(decoder, torch.randn(2, 5, 8)):
+        tree = scst.sample_tree(decoder, lm_head, ids, K, layer=3, eos=backbone.eos, limit=2, temperature=0.5,
+                                hears=lambda rows: setattr(fusion, "clip_of_row", rows))
+        for clip, logits in enumerate(lm_head(decoder(input_ids=ids).last_hidden_state[:, -1])):
+            first = torch.tensor([s[0] for s in tree.samples()[clip * K:(clip + 1) * K]])
+            chances = (logits / 0.5).softmax(-1)
+            counts = torch.bincount(first, minlength=len(chances))
+            often = chances * K > 20
+            error = (counts - K * chances)[often] / (K * chances * (1 - chances))[often].sqrt()
+            assert often.sum() > 5 and error.abs().max() < 4.5 and 0.5 < error.square().mean() < 2
+            again = (first[::2] == first[1::2]).float().mean()                 # neighbours agree by chance alone
+            assert abs(again - chances.square().sum()) < 5 * (chances.square().sum() / (K / 2)) ** 0.5
+            # what follows the likeliest first token, by its mean log-probability
+            top = int(chances.argmax())
+            after = torch.tensor([s[1] for s in tree.samples()[clip * K:(clip + 1) * K] if s[0] == top])
+            with_top = torch.cat([ids, torch.full((2, 1), top)], 1)
+            second = (lm_head(decoder(input_ids=with_top).last_hidden_state[clip, -1]) / 0.5).log_softmax(-1)
+            mean = (second.exp() * second).sum()
+            spread = ((second.exp() * (second - mean).square()).sum() / len(after)).sqrt()
+            assert len(after) > 50 and (second[after].mean() - mean).abs() < 4.5 * spread
+
+
+def test_samples_stop_at_their_limit(prompted):
+    backbone, fusion, ids, _ = prompted("additive", 2)
+    with fusion.attach(backbone.decoder, torch.randn(2, 5, 8)):
+        tree = scst.sample_tree(backbone.decoder, backbone.llava.lm_head, ids, 3, layer=3, eos=backbone.eos, limit=2,
+                                hears=lambda rows: setattr(fusion, "clip_of_row", rows))
+    assert max(map(len, tree.samples())) == 2 and tree.path.shape == tree.mask.shape == (6, 2)
 
 
 def test_schedule():
