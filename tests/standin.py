@@ -240,7 +240,7 @@ def usual(rng, items):
     """As people choose words: the first most often, the k-th 1/k^skew as often.
 
     With 3 the likeliest caption of a scene is also the one that agrees best with the others (CIDEr-D 4.4 both); with
-    0 the likeliest has 1.7 and the most agreeable 2.1, which is what a reward can teach and likelihood cannot.
+    0 the likeliest has 1.7 and the most agreeable 2.0, which is what a reward can teach and likelihood cannot.
     """
     weights = [1 / k ** skew for k in range(1, len(items) + 1)]
     rest = rng.random() * sum(weights)

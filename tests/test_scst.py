@@ -122,6 +122,24 @@ def test_masked_tokens_do_not_count():
         scst.scst_loss(logprobs, mask, torch.randn(3, 2))
 
 
+@pytest.mark.parametrize("skew, low, high", [(3, 0.97, 1.03), (0, 1.15, 1.5)])
+def test_what_a_reward_can_teach_in_the_stand_in_world(skew, low, high, monkeypatch):
+    """CIDEr-D of a scene's most agreeable caption over that of its likeliest: nothing, but in the world of --even."""
+    import standin
+    monkeypatch.setattr(standin, "skew", skew)
+    rng = np.random.default_rng(1)
+    scenes = [standin.draw_scene(rng) for _ in range(100)]
+    references = [standin.paraphrases(standin.caption, scene, rng, 5) for scene in scenes]
+    said = [[standin.caption(scene, rng) for _ in range(300)] for scene in scenes]
+    likeliest = [max(some, key=some.count) for some in said]
+    reward, agreeable = scst.CiderD(references), []
+    for some in said:
+        distinct = sorted(set(some[:150]))
+        agreeable.append(distinct[reward.score_many(distinct, [some[150:]] * len(distinct)).argmax()])
+    gain = reward.score_many(agreeable, references).mean() / reward.score_many(likeliest, references).mean()
+    assert low < gain < high
+
+
 def test_alone_in_an_empty_folder_the_reward_rises(tmp_path):
     shutil.copy(ROOT / "scst.py", tmp_path)
     out = python("scst.py", cwd=tmp_path).stdout.splitlines()
