@@ -220,15 +220,15 @@ class Fusion(nn.Module):
         def hook(module, args, kwargs):
             h = args[0] if args else kwargs["hidden_states"]             # some decoders pass it by name
             rows, clips, whose = h.shape[0], prepared[0].shape[0], self.clip_of_row
-            if whose is None and rows % clips or whose is not None and rows != len(whose):
+            if rows % clips if whose is None else rows != len(whose):
                 raise FusionError(f"{rows} sequences for {clips} clips: the batch is no multiple of the features")
             if whose is not None:
-                heard = [x[whose] for x in prepared]
+                heard, where = [x[whose] for x in prepared], None if slots is None else slots[whose]
             else:
                 if rows not in expanded:
                     expanded[rows] = [x.repeat_interleave(rows // clips, 0) for x in prepared]
                 heard = expanded[rows]
-            where = None if slots is None else slots.repeat_interleave(rows // len(slots), 0)
+                where = None if slots is None else slots.repeat_interleave(rows // len(slots), 0)
             new = self.change(layer, h, heard, where).to(h.dtype)
             return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 

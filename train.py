@@ -428,9 +428,9 @@ def main(argv=None):
     contrast = ContrastiveHead(decoder.config.hidden_size, encoder.embed_dim).to(backbone.device)
     modules = {"fusion": fusion, "contrast": contrast}
     parameters = [p for m in modules.values() for p in m.parameters()]
+    lowest = min([args.layers[0], *(f.spec.layers[0] for f, *_ in beside), *map(int, getattr(fusion, "top", ()))])
     with evaluate.attached(backbone, [(f, None) for f in (*(f for f, *_ in beside), fusion)], []):
-        # unfreeze's own blocks belong in the head
-        trunk, head = fusions.split(decoder, min([args.layers[0], *(f.spec.layers[0] for f, *_ in beside)]))
+        trunk, head = fusions.split(decoder, lowest)  # unfreeze's own blocks belong in the head
     asked = evaluate.prompts(train_split, vars(args))[:len(clips)]
     prompts, (slots, *_) = zip(*(backbone.prompt(a, args.tokens if args.fusion == "concat" else 0) for a in asked))
     prompt = os.path.commonprefix(prompts)  # where each clip has a question, only the words before it
@@ -552,7 +552,7 @@ def main(argv=None):
             with torch.no_grad(), backbone.autocast(), listening(mine):
                 tree = scst.sample_tree(
                     decoder, lm_head, torch.tensor([prompt] * len(mine), device=backbone.device), K,
-                    layer=args.layers[0], eos=backbone.eos, limit=longest, temperature=args.scst_temperature,
+                    layer=lowest, eos=backbone.eos, limit=longest, temperature=args.scst_temperature,
                     hears=lambda rows: setattr(fusion, "clip_of_row", rows))
             samples = tree.samples()
             texts, ended = [scst.words(backbone.text(s)) for s in samples], [s[-1] == backbone.eos for s in samples]

@@ -157,6 +157,22 @@ def test_beams_of_one_clip_equal_beams_of_the_batch(llama, kind):
             assert torch.equal(one, batch[3 * b:3 * b + 3])
 
 
+@pytest.mark.parametrize("kind", list(fusions.SYSTEMS))
+def test_each_row_hears_the_clip_it_is_given(llama, kind):
+    """Clips with unequally many rows, and none of it left when the block ends."""
+    decoder, (ids, frames, mask, slots) = decoder_of(llama), inputs()
+    fusion, whose = make(kind, decoder), torch.tensor([0, 2, 2, 2])
+    with torch.no_grad():
+        with fusion.attach(decoder, frames[whose], mask[whose], slots[whose]):
+            wanted = decoder(ids[whose]).last_hidden_state
+        with fusion.attach(decoder, frames, mask, slots):
+            fusion.clip_of_row = whose
+            assert torch.allclose(decoder(ids[whose]).last_hidden_state, wanted, atol=1e-5)
+            with pytest.raises(FusionError, match="3 sequences for 3 clips"):
+                decoder(ids)
+    assert fusion.clip_of_row is None
+
+
 def test_left_padding_changes_nothing(llama):
     decoder, (ids, frames, mask, _) = decoder_of(llama), inputs()
     padded = torch.cat([torch.zeros(3, 4, dtype=torch.long), ids], 1)

@@ -322,6 +322,18 @@ def test_one_clip_to_validate_on(world, tmp_path):
     assert (tmp_path / "run/fusion.safetensors").exists() and (tmp_path / "run/training.json").exists()
 
 
+def test_unfrozen_blocks_below_the_fusion_are_trained_too(world, tmp_path):
+    out = tmp_path / "run"
+    run(world, out, "--fusion", "unfreeze", "--layers", "6", "--scst", "auto", "--scst-steps", "2", "--scst-lr", "1e-6")
+    before = safetensors.torch.load_file(world / "models/llava/model.safetensors")
+    found = [safetensors.torch.load_file(folder / "fusion.safetensors") for folder in (out, out / "scst")]
+    for block in "4567":
+        name = f"{block}.mlp.up_proj.weight"
+        frozen = next(v for k, v in before.items() if k.endswith(f"layers.{name}") and "vision" not in k)
+        assert not torch.equal(frozen, found[0][f"top.{name}"])
+        assert not torch.equal(found[0][f"top.{name}"], found[1][f"top.{name}"])
+
+
 def test_two_at_once_train_once(world, finished, tmp_path):
     out = tmp_path / "both"
     command = [sys.executable, str(ROOT / "train.py"),
