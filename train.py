@@ -543,7 +543,7 @@ def main(argv=None):
     def scst_step(step):
         """Gradients of one self-critical step of K samples a clip."""
         batch = order.step(step, args.batch_size)
-        terms, K = {"reward": 0.0}, args.scst_samples
+        terms, K = {"reward": 0.0, "distinct": 0.0}, args.scst_samples
         micro = args.micro_batch // world
         parts = [batch[i:i + args.micro_batch] for i in range(0, args.batch_size, args.micro_batch)]
         for k, part in enumerate(parts):
@@ -569,6 +569,7 @@ def main(argv=None):
                                   scst.leave_one_out(r)) / len(parts) / world
             (loss + args.gate_l2 * fusion.gate_penalty() / len(parts) / world).backward()
             terms["reward"] = terms["reward"] + r.mean() / len(parts) / world
+            terms["distinct"] += len(tree.token) / int(tree.mask.sum()) / len(parts) / world  # share of the tokens
         return terms, [c for c, _ in batch]
 
     def validated():
