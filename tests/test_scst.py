@@ -145,3 +145,9 @@ def test_alone_in_an_empty_folder_the_reward_rises(tmp_path):
     out = python("scst.py", cwd=tmp_path).stdout.splitlines()
     rewards = [float(line.split("sampled reward")[1].split()[0]) for line in out]
     assert rewards[-1] > 3 * rewards[0] and out[-1].endswith("a dog barks twice | a cat meows twice")
+
+
+def test_a_world_that_was_built_otherwise_is_refused(world):
+    done = python(ROOT / "tests/standin.py", "--out", world, "--smoke", "--even", check=False)
+    assert done.returncode == 2 and done.stderr.strip().endswith(
+        f"error: {world}: was built with another --even; remove it or choose another --out")
