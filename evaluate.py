@@ -113,11 +113,13 @@ def default_device():
 # ---------------------------------------------------------------- decoding
 
 @torch.inference_mode()
-def decode(backbone, fusion, features, *, text, beams=1, samples=0, batch_size=64, seed=0, progress=None, beside=()):
+def decode(backbone, fusion, features, *, text, beams=1, samples=0, temperature=1.0, batch_size=64, seed=0,
+           progress=None, beside=()):
     """Captions of clips: for each a list of candidates {"text", "logprob", "ended", "source"}, first beam first.
 
-    features: list of (S, E). beams=1 is greedy. `samples` nucleus samples a clip come from one more pass with
-    p = 0.95 and temperatures spread over 0.5 to 1.0; equal texts are kept once. logprob is the mean over tokens,
+    features: list of (S, E). beams=1 is greedy. temperature: of the policy that beams search; SCST's is the one that
+    it was trained at. `samples` nucleus samples a clip come from one more pass with p = 0.95 and temperatures spread
+    over 0.5 to 1.0; equal texts are kept once. logprob is the mean over tokens,
     the end token included, at temperature 1, from one teacher-forced pass: the same measure for beams and samples.
     text: the prompt, or one a clip. beside: further [(fusion, features or None)] to attach.
     """
@@ -135,9 +137,10 @@ def decode(backbone, fusion, features, *, text, beams=1, samples=0, batch_size=6
                              for part in zip(*(prompts[i] for i in which)))
             with attached(backbone, [*beside, (fusion, features)], which, where):
                 found = [[] for _ in which]
-                for k, sampling in ((beams, False), (samples, True)):
+                spread = torch.linspace(0.5, 1.0, samples).repeat(len(which))[:, None].to(prompt.device)
+                for k, sampling, warmth in ((beams, False, temperature), (samples, True, spread)):
                     if k:
-                        for j, candidate in _candidates(backbone, prompt, k, sampling):
+                        for j, candidate in _candidates(backbone, prompt, k, sampling, warmth):
                             if candidate["text"] not in (c["text"] for c in found[j]):
                                 found[j].append(candidate)
             for i, candidates in zip(which, found):
@@ -164,8 +167,8 @@ def attached(backbone, branches, which, slots=None):
 def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0):
     """k beams or k samples of each row of a prompt (B, P), in order -> (B * k, P + T). Attach before calling.
 
-    The prompt is read once a row, and not k times as generate() would: it gets the keys and values of all positions
-    but the last.
+    temperature: a number, or for samples (B * k, 1). The prompt is read once a row, and not k times as
+    generate() would: it gets the keys and values of all positions but the last.
     """
     from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
     cache = DynamicCache(config=backbone.decoder.config)
@@ -176,9 +179,14 @@ def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0):
         max_new_tokens=MAX_NEW_TOKENS, num_return_sequences=k, do_sample=sampling,
         **(dict(top_p=top_p, top_k=0) if sampling else beams),
         eos_token_id=backbone.eos, pad_token_id=backbone.pad, bos_token_id=backbone.tokenizer.bos_token_id)
-    warp = LogitsProcessorList([lambda _, logits: logits / temperature] if sampling else [])
+    warp = []
+    if sampling:
+        warp = [lambda _, logits: logits / temperature]
+    elif temperature != 1:  # beams add up what they are given: it must be log-probabilities again
+        warp = [lambda _, logits: (logits / temperature).log_softmax(-1)]
     return backbone.llava.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt),
-                                   generation_config=config, logits_processor=warp, past_key_values=cache)
+                                   generation_config=config, logits_processor=LogitsProcessorList(warp),
+                                   past_key_values=cache)
 
 
 def lengths(new, eos):
@@ -187,10 +195,9 @@ def lengths(new, eos):
     return torch.where(ended, (new == eos).int().argmax(1) + 1, new.shape[1]), ended
 
 
-def _candidates(backbone, prompt, k, sampling):
+def _candidates(backbone, prompt, k, sampling, temperature):
     """(row of the prompt, candidate), the beams or the samples of a batch."""
-    B, P = prompt.shape
-    temperature = torch.linspace(0.5, 1.0, k).repeat(B)[:, None].to(prompt.device)      # (B * k, 1)
+    P = prompt.shape[1]
     rows = generate(backbone, prompt, k, sampling, temperature, top_p=0.95)
     new = rows[:, P:]                                                                   # (B * k, T)
     length, ended = lengths(new, backbone.eos)
@@ -576,7 +583,8 @@ def caption(run, args):
     split, encoders, branches = run_branches(config, fusion, args.split, args.device)
     *beside, (fusion, frames) = hear(branches, args.hear, run)
     how = dict(text=prompts(split, config), beams=args.beams, samples=args.samples if args.rerank else 0, seed=args.seed,
-               batch_size=args.batch_size, beside=beside)
+               temperature=config["scst_temperature"] if run.name == "scst" else 1.0, batch_size=args.batch_size,
+               beside=beside)
 
     def decoded(split, frames, what):
         return decode(backbone, fusion, frames, progress=f"{what}: {run.name}",
@@ -599,7 +607,7 @@ def caption(run, args):
     home = run.parent if run.name == "scst" else run
     training = json.loads((home / "training.json").read_text())
     decoding = {"beams": args.beams, "samples": how["samples"], "rerank": args.rerank, "max_new_tokens": MAX_NEW_TOKENS,
-                "length_penalty": LENGTH_PENALTY, "prompt": config["prompt"], "seed": args.seed}
+                "temperature": how["temperature"], "length_penalty": LENGTH_PENALTY, "prompt": config["prompt"], "seed": args.seed}
     result = {"name": config["name"], "kind": config["fusion"], "seed": config["seed"], "dataset": config["dataset"],
               "split": args.split, "hear": args.hear, "n": scored["n"],
               "missing": len(split.missing), "bad": len(split.bad),

@@ -3,7 +3,8 @@
     python tests/bench.py                            # every bench at the stand-in's size, minutes
     python tests/bench.py step prefix memory --wide  # 16 layers of width 1024: arithmetic, not overhead, is measured
     python tests/bench.py 7b                         # LLaVA-1.5-7B, random weights; on a machine without GPU, counted
-    python tests/bench.py tiny ranks scst --runs experiments/tiny --world tiny
+    python tests/bench.py tiny ranks scst            # of experiments/tiny and tiny where run_all.sh left them, or
+                                                     # of --runs and --world
 
 Models have random weights, so only costs are measured here; what is equal in both ways is checked, and a check that
 fails ends with exit status 1. No time is ever asserted. `reach` is the aim, marked * where it was not reached.
@@ -365,7 +366,10 @@ def bench_scst(table, bench):
                 mean = sum(times["scst"]) / len(times["scst"])
                 table.row(f"{name}, {part} in an SCST step", spent[part] / len(times["scst"]) * 1e3, mean * 1e3, "ms",
                           spent[part] / len(times["scst"]) / mean, reach=reach, at_most=True)
-    for path in sorted(table.args.runs.rglob("log.jsonl")) if table.args.runs else ():
+    if not table.args.runs:
+        print(f"{'scst':10s}as trained: not run, it needs --runs, the folder of a finished sweep")
+        return
+    for path in sorted(table.args.runs.rglob("log.jsonl")):
         lines = [json.loads(x) for x in path.read_text().splitlines()]
         xe, own = ([1e3 / x["clips_per_second"] for x in lines if x["event"] == "step" and x["stage"] == stage]
                    for stage in ("xe", "scst"))
@@ -701,8 +705,10 @@ def parse_args(argv=None):
     p.add_argument("--clips", type=int, default=0, help="batch size; 0: 32, with --wide 8")
     p.add_argument("--items", type=int, default=1000, help="captions to score, items to resample")
     p.add_argument("--layers-scale", type=float, default=1.0, help="7b: share of its layers")
-    p.add_argument("--world", type=Path, default=None, help="ranks: a stand-in world, e.g. tiny")
-    p.add_argument("--runs", type=Path, default=None, help="tiny, scst: folder of a finished sweep")
+    world, runs = (path if path.is_dir() else None for path in (ROOT / "tiny", ROOT / "experiments/tiny"))
+    p.add_argument("--world", type=Path, default=world, help="ranks: a stand-in world; tiny, where it is there")
+    p.add_argument("--runs", type=Path, default=runs,
+                   help="tiny, scst: folder of a finished sweep; experiments/tiny, where it is there")
     p.add_argument("--json", default=None, metavar="FILE", help="write the table there as well")
     args = p.parse_args(argv)
     for name in args.names:

@@ -45,6 +45,7 @@ RATE, WINDOW = 16000, 4  # samples a second; seconds that CLAP hears at once
 PIXELS, PATCH, FRAMES = 32, 8, 8  # side of an image and of a patch; video frames that TimeSformer sees
 FULL = dict(audiocaps=(3000, 160, 320), clotho=(400, 80, 120), av=(400, 80, 120), qa=(1500, 500), pairs=2200,
             questions=6000, texts=6000, clap_steps=400, vision_steps=60, llava_steps=290, video_steps=240)
+MANY = dict(audiocaps=(3000, 160, 975))  # as many test clips as AudioCaps has: what a reward teaches is little
 SMOKE = dict(audiocaps=(96, 24, 32), clotho=(16, 8, 8), av=(16, 8, 8), qa=(40, 40), pairs=96,
              questions=200, texts=200, clap_steps=6, vision_steps=6, llava_steps=6, video_steps=6)
 
@@ -996,7 +997,8 @@ def main():
         start = time.time()
         building = args.out.with_name(args.out.name + ".building")  # nothing half in OUT, ever
         shutil.rmtree(building, ignore_errors=True)
-        figures = build(building, SMOKE if args.smoke else FULL, args.seed, args.also)
+        sizes = SMOKE if args.smoke else FULL | MANY if args.even else FULL
+        figures = build(building, sizes, args.seed, args.also)
         found = {"args": asked, "seconds": round(time.time() - start), "figures": figures}
         (building / "standin.json").write_text(json.dumps(found, indent=1))
         if args.out.exists():

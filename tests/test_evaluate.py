@@ -190,6 +190,21 @@ def test_a_prompt_read_once_is_generate_that_reads_it_k_times(prompted, kind, k,
     assert rows.shape[0] == 3 * k and torch.equal(rows, plain)
 
 
+def test_beams_search_the_policy_of_the_temperature(prompted):
+    """As if the output layer itself were sharper; at 1 as if nothing had been asked."""
+    backbone, fusion, ids, _ = prompted("additive", 4)
+    head = backbone.llava.lm_head.weight
+    kept = head.detach().clone()
+    with torch.inference_mode(), fusion.attach(backbone.decoder, torch.randn(4, 5, 8)):
+        sharp, plain = (evaluate.generate(backbone, ids, 5, False, t) for t in (0.3, 1.0))
+        head /= 0.3
+        try:
+            wanted = evaluate.generate(backbone, ids, 5, False)
+        finally:
+            head.copy_(kept)
+    assert torch.equal(sharp, wanted) and (sharp.shape != plain.shape or not torch.equal(sharp, plain))
+
+
 # ---------------------------------------------------------------- reranking
 
 def candidates(*rows):

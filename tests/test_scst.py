@@ -27,11 +27,16 @@ def test_equals_pycocoevalcap(items):
     assert np.allclose(scst.cider_d(hypotheses, references), pycoco(hypotheses, references), atol=1e-9)
 
 
-def test_equals_pycocoevalcap_on_released_captions(shared):
+def released(shared):
+    """The captions of AudioCaps' test clips, as the reward reads them."""
     clips = {}
     for row in csv.DictReader(open(shared / "audiocaps/test.csv", encoding="utf-8")):
         clips.setdefault(row["youtube_id"], []).append(scst.words(row["caption"]))
-    hypotheses, references = [c[0] for c in clips.values()], [c[1:] for c in clips.values()]
+    return list(clips.values())
+
+
+def test_equals_pycocoevalcap_on_released_captions(shared):
+    hypotheses, references = [c[0] for c in released(shared)], [c[1:] for c in released(shared)]
     assert np.abs(np.array(scst.cider_d(hypotheses, references)) - pycoco(hypotheses, references)).max() < 1e-9
 
 
@@ -138,6 +143,25 @@ def test_what_a_reward_can_teach_in_the_stand_in_world(skew, low, high, monkeypa
         agreeable.append(distinct[reward.score_many(distinct, [some[150:]] * len(distinct)).argmax()])
     gain = reward.score_many(agreeable, references).mean() / reward.score_many(likeliest, references).mean()
     assert low < gain < high
+
+
+def agreement(clips):
+    """Mean CIDEr-D of each caption against its clip's others."""
+    one_out = [(c[i], c[:i] + c[i + 1:]) for c in clips for i in range(len(c))]
+    return scst.CiderD(clips).score_many(*zip(*one_out)).mean().item()
+
+
+@pytest.mark.parametrize("skew, wanted", [(3, 2.6), (0, 1.5)])
+def test_how_well_captions_of_the_stand_in_world_agree(skew, wanted, monkeypatch):
+    import standin
+    monkeypatch.setattr(standin, "skew", skew)
+    rng = np.random.default_rng(1)
+    clips = [standin.paraphrases(standin.caption, standin.draw_scene(rng), rng, 5) for _ in range(320)]
+    assert abs(agreement(clips) - wanted) < 0.1
+
+
+def test_how_well_released_captions_agree(shared):
+    assert round(agreement([c for c in released(shared) if len(c) == 5]), 2) == 0.92
 
 
 def test_alone_in_an_empty_folder_the_reward_rises(tmp_path):
