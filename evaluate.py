@@ -606,8 +606,9 @@ def caption(run, args):
     scored = score([{**item, "candidates": k} for item, k in zip(items, found)])
     home = run.parent if run.name == "scst" else run
     training = json.loads((home / "training.json").read_text())
-    decoding = {"beams": args.beams, "samples": how["samples"], "rerank": args.rerank, "max_new_tokens": MAX_NEW_TOKENS,
-                "temperature": how["temperature"], "length_penalty": LENGTH_PENALTY, "prompt": config["prompt"], "seed": args.seed}
+    decoding = {"beams": args.beams, "samples": how["samples"], "rerank": args.rerank, "temperature": how["temperature"],
+                "max_new_tokens": MAX_NEW_TOKENS, "length_penalty": LENGTH_PENALTY, "prompt": config["prompt"],
+                "seed": args.seed}
     result = {"name": config["name"], "kind": config["fusion"], "seed": config["seed"], "dataset": config["dataset"],
               "split": args.split, "hear": args.hear, "n": scored["n"],
               "missing": len(split.missing), "bad": len(split.bad),

@@ -47,7 +47,7 @@ tiny)
     VIDEO="--batch-size 32 --steps 100 --eval-every 50 --lr 6e-3 --lr-adapter 6e-3"
     if [ "$SMOKE" = 1 ]; then
         TRAIN="--batch-size 16 --micro-batch 16 --steps 6 --eval-every 3"
-        SCST="--scst auto --scst-steps 2"; TRAIN_CLOTHO=$TRAIN; SHORT=$TRAIN
+        SCST="--scst auto --scst-steps 2 --scst-temperature 0.5"; TRAIN_CLOTHO=$TRAIN; SHORT=$TRAIN
         OVERFIT="--limit 32 --batch-size 16 --micro-batch 16 --steps 30 --eval-every 15"
         PROBE=20; SNR="10 -5"; VIDEO="--batch-size 16 --micro-batch 16 --steps 6 --eval-every 3"
     fi ;;

@@ -3,7 +3,7 @@
     python tests/standin.py --out tiny                   # tiny/data/{audiocaps,clotho,av,qa}, tiny/models
     python tests/standin.py --out real --also CLOTHO_DIR # the stand-ins also learn from your recordings
     python tests/standin.py --out smoke --smoke          # the same files in seconds, models that know little
-    python tests/standin.py --out even --even            # people agree less on how to say what they hear
+    python tests/standin.py --out even --even            # people agree less on how to say it; 975 test clips
 
 Sounds, pictures and videos are synthesised from a small grammar of events, the captions are written from the
 same events. The language model reads captions but never hears a clip; CLAP learns clips with captions.
@@ -969,7 +969,8 @@ def parse_args():
     parser.add_argument("--also", type=Path, help="folder in Clotho's layout to learn from too")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw")
     parser.add_argument("--smoke", action="store_true", help="a small world and a few steps, in seconds")
-    parser.add_argument("--even", action="store_true", help="every way to say a thing is as usual as any other")
+    parser.add_argument("--even", action="store_true",
+                        help="every way to say a thing is as usual as any other; as many test clips as AudioCaps")
     return parser.parse_args()
 
 

@@ -81,6 +81,8 @@ def test_the_archived_checkpoint_is_loaded_from_there(smoke, tmp_path):
     for name in ("predictions.json", "first_beam/predictions.json"):
         assert json.loads((place / "scst" / name).read_text()) == json.loads((old / name).read_text())
     cards = [json.loads((folder / "run_card.json").read_text()) for folder in (place / "scst", old)]
+    xe = json.loads((old.parent / "run_card.json").read_text())
+    assert [c["decoding"]["temperature"] for c in (*cards, xe)] == [0.5, 0.5, 1.0]  # what was trained is searched
     assert cards[0]["seconds_to_90_percent"] == cards[1]["seconds_to_90_percent"] > 0
     found = json.loads((smoke / "statistics/additive_scst_vs_xe_s0.json").read_text())
     assert found["n"] == 32 and (smoke / "export/audiocaps/additive_s0_scst/run_card.json").exists()
