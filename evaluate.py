@@ -119,9 +119,8 @@ def decode(backbone, fusion, features, *, text, beams=1, samples=0, temperature=
 
     features: list of (S, E). beams=1 is greedy. temperature: of the policy that beams search; SCST's is the one that
     it was trained at. `samples` nucleus samples a clip come from one more pass with p = 0.95 and temperatures spread
-    over 0.5 to 1.0; equal texts are kept once. logprob is the mean over tokens,
-    the end token included, at temperature 1, from one teacher-forced pass: the same measure for beams and samples.
-    text: the prompt, or one a clip. beside: further [(fusion, features or None)] to attach.
+    over 0.5 to 1.0; equal texts are kept once. logprob is the mean over tokens, the end token included, at temperature 1,
+    from one teacher-forced pass: the same measure for beams and samples. text: the prompt, or one a clip. beside: further [(fusion, features or None)] to attach.
     """
     texts = [text] * len(features) if isinstance(text, str) else text
     prompts = [backbone.prompt(t, fusion.spec.tokens if fusion.spec.kind == "concat" else 0) for t in texts]
@@ -543,10 +542,16 @@ def flops_a_clip(backbone, fusion, frames, **how):
     return counter.get_total_flops() / len(frames)
 
 
+def policy_temperature(run, config):
+    """What beams search: the policy that SCST trained, at its temperature."""
+    return config["scst_temperature"] if run.name == "scst" else 1.0
+
+
 def reranker(run, config, fusion, decoded, args):
     """The run's reranker.json: weights found on validation, once, never on test."""
     path = run / "reranker.json"
-    wanted = {"beams": args.beams, "samples": args.samples, "seed": args.seed, "encoder": config["encoder"]}
+    wanted = {"beams": args.beams, "samples": args.samples, "temperature": policy_temperature(run, config),
+              "seed": args.seed, "encoder": config["encoder"]}
     if path.exists():
         found = json.loads(path.read_text())
         if {k: found.get(k) for k in wanted} == wanted:
@@ -583,8 +588,7 @@ def caption(run, args):
     split, encoders, branches = run_branches(config, fusion, args.split, args.device)
     *beside, (fusion, frames) = hear(branches, args.hear, run)
     how = dict(text=prompts(split, config), beams=args.beams, samples=args.samples if args.rerank else 0, seed=args.seed,
-               temperature=config["scst_temperature"] if run.name == "scst" else 1.0, batch_size=args.batch_size,
-               beside=beside)
+               temperature=policy_temperature(run, config), batch_size=args.batch_size, beside=beside)
 
     def decoded(split, frames, what):
         return decode(backbone, fusion, frames, progress=f"{what}: {run.name}",

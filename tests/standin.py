@@ -998,7 +998,7 @@ def main():
         start = time.time()
         building = args.out.with_name(args.out.name + ".building")  # nothing half in OUT, ever
         shutil.rmtree(building, ignore_errors=True)
-        sizes = SMOKE if args.smoke else FULL | MANY if args.even else FULL
+        sizes = SMOKE if args.smoke else FULL | (MANY if args.even else {})
         figures = build(building, sizes, args.seed, args.also)
         found = {"args": asked, "seconds": round(time.time() - start), "figures": figures}
         (building / "standin.json").write_text(json.dumps(found, indent=1))
