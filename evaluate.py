@@ -120,7 +120,8 @@ def decode(backbone, fusion, features, *, text, beams=1, samples=0, temperature=
     features: list of (S, E). beams=1 is greedy. temperature: of the policy that beams search; SCST's is the one that
     it was trained at. `samples` nucleus samples a clip come from one more pass with p = 0.95 and temperatures spread
     over 0.5 to 1.0; equal texts are kept once. logprob is the mean over tokens, the end token included, at temperature 1,
-    from one teacher-forced pass: the same measure for beams and samples. text: the prompt, or one a clip. beside: further [(fusion, features or None)] to attach.
+    from one teacher-forced pass: the same measure for beams and samples. text: the prompt, or one a clip. beside: further
+    [(fusion, features or None)] to attach.
     """
     texts = [text] * len(features) if isinstance(text, str) else text
     prompts = [backbone.prompt(t, fusion.spec.tokens if fusion.spec.kind == "concat" else 0) for t in texts]
