@@ -17,6 +17,7 @@ except OSError:
 import contextlib
 import csv
 import fcntl
+import functools
 import hashlib
 import io
 import itertools
@@ -494,6 +495,27 @@ class Features:
         i = range(len(self))[i]  # negative and out of range as in a list
         return self.frames[self.offsets[i]:self.offsets[i + 1]].float()
 
+    def of(self, clips):
+        """The frames of these clips, in their order."""
+        return ClipFrames(self, [self.index[clip.id] for clip in clips])
+
+
+class ClipFrames:
+    """Frames (S_i, E) of a list of clips, read from disk when asked for."""
+
+    def __init__(self, features, rows):
+        self.features, self.rows = features, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.features[self.rows[i]]
+
+    def take(self, order):
+        """The same frames in another order, by index."""
+        return ClipFrames(self.features, [self.rows[i] for i in order])
+
 
 def lock_or_wait(held, message):
     """Lock an open file until it is closed by all who inherited it; `message` is said if another has to be waited for."""
@@ -619,7 +641,86 @@ def _file_hashes(split, folder, pool):
     return {id: entry[3] for id, entry in entries.items()}
 
 
-def pad_frames(frames):
-    """[(S_i, E)] → zero-padded (B, S, E) and its mask (B, S), True where there is a frame."""
-    mask = torch.arange(max(map(len, frames))) < torch.tensor([[len(f)] for f in frames])
-    return torch.nn.utils.rnn.pad_sequence(list(frames), batch_first=True), mask
+# ---------------------------------------------------------------- the frozen backbone
+
+SOUND_PROMPT = "Describe the sound."
+VIDEO_PROMPT = "Describe the video."
+
+
+class Backbone:
+    """A frozen LLaVA: .llava, .decoder (what a fusion attaches to), .tokenizer, .device.
+
+    Raises InputError when it cannot be loaded.
+    """
+
+    def __init__(self, path, device):
+        from transformers import AutoProcessor, LlavaForConditionalGeneration, logging
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        self.path, self.device = str(path), torch.device(device)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        try:
+            self.llava = LlavaForConditionalGeneration.from_pretrained(
+                self.path, dtype=dtype, use_safetensors=True)
+            self.processor = AutoProcessor.from_pretrained(self.path)
+        except (OSError, ValueError, KeyError) as e:
+            reason = " ".join(str(e).split())[:160]
+            raise InputError(f"{path}: cannot be loaded as LLaVA ({reason}); "
+                             "--llava takes a checkpoint folder or a hub name") from e
+        self.llava = self.llava.to(self.device).eval().requires_grad_(False)
+        self.tokenizer = self.processor.tokenizer
+        self.decoder = self.llava.model.language_model
+        self.eos, self.pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        # concat's placeholders carry no content of their own; a word repeated
+        # sixteen times would derail a small decoder
+        self.placeholder = self.pad
+
+    def autocast(self):
+        if self.device.type == "cuda":
+            return torch.autocast("cuda", torch.bfloat16)
+        return contextlib.nullcontext()
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019  filling the template takes .2 ms
+    def chat(self, text, image=False):
+        """One user turn in the model's own chat format, up to where the answer begins."""
+        content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
+        turn = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(turn, add_generation_prompt=True).rstrip()
+
+    def prompt(self, text, placeholders=0):
+        """Token ids of a prompt without an image, and the positions of its placeholders.
+
+        The placeholders are where an image would be; None where there are none.
+        """
+        if not placeholders:
+            return self.tokenizer(self.chat(text)).input_ids, None
+        ids = self.tokenizer(self.chat(text, image=True)).input_ids
+        first = ids.index(self.llava.config.image_token_id)
+        ids[first:first + 1] = [self.placeholder] * placeholders
+        return ids, list(range(first, first + placeholders))
+
+    def caption_ids(self, text, caption):
+        """Token ids of a caption as the answer to a prompt, with the end token."""
+        prompt = self.tokenizer(self.chat(text)).input_ids
+        whole = self.tokenizer(f"{self.chat(text)} {caption}").input_ids
+        if whole[:len(prompt)] != prompt:
+            raise InputError(f"{self.path}: its tokenizer joins the prompt {text!r} and "
+                             f"the caption {caption[:40]!r}")
+        return whole[len(prompt):] + [self.eos]
+
+    def text(self, ids):
+        return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
+
+
+@functools.lru_cache(maxsize=2)  # several runs in one process share their models
+def load_backbone(path, device):
+    return Backbone(path, device)
+
+
+@functools.lru_cache(maxsize=2)
+def load_encoder(path, modality, device):
+    return (VideoEncoder if modality == "video" else AudioEncoder)(path, device)
+
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"

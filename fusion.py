@@ -17,13 +17,15 @@ import hashlib
 import json
 import os
 import sys
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -146,7 +148,9 @@ class Fusion(nn.Module):
         super().__init__()
         self.spec = spec
         self.projector = Projector(spec)
-        self.clip_of_row = None  # (rows,), while attached: whom each row of the batch hears, if not in order
+        # While attached: the clip of each row of the batch, (rows,). None: each
+        # clip has equally many rows, in order.
+        self.row_to_clip = None
 
     # -- what a system defines: prepare() once a clip, change() at each layer
 
@@ -187,13 +191,18 @@ class Fusion(nn.Module):
 
     @contextmanager
     def attach(self, decoder, frames=None, mask=None, slots=None):
-        """For the length of the block the decoder hears; afterwards it is what it was, also after an exception.
+        """Fuse the clips into the decoder for the length of the block.
 
-        frames (B, S, E) and mask (B, S) of the clips, None for no clip; slots (B, N): where the prompt's
-        placeholders stand, for concat only. Yields the modality tokens (B, N, D), or None. When generation
-        expands the batch (beams, samples), each clip's features serve its expanded rows, in order; a decoding loop
-        that gives clips unequally many rows says whose each is in `clip_of_row`, step by step.
-        Take a `split` inside an attach: unfreeze puts its own blocks in place, and they belong in the head.
+        Afterwards the decoder is what it was, also after an exception.
+        frames (B, S, E) and mask (B, S) of the clips, or None for no clip.
+        slots (B, N), for concat only: positions of the prompt's placeholders.
+        Yields the modality tokens (B, N, D), or None.
+
+        When generation expands the batch (beams, samples), each clip serves its
+        expanded rows, in order. A decoding loop that gives clips different
+        numbers of rows sets `row_to_clip` before each pass.
+        Call `split` inside an attach: unfreeze puts its own blocks in place, and
+        they belong in the head.
         """
         check_backbone(self.spec.backbone, describe_backbone(decoder))
         tokens = None if frames is None else self.tokens(frames, mask)
@@ -204,33 +213,48 @@ class Fusion(nn.Module):
                     handles.append(self._hook(decoder.layers[layer], layer, prepared, slots))
             yield tokens
         finally:
-            self.clip_of_row = None
+            self.row_to_clip = None
             for handle in handles:
                 handle.remove()
             for index, block in swapped.items():
                 decoder.layers[index] = block
 
     def swap_in(self, decoder):
-        """Blocks put in place of the decoder's for the length of the block: {index: the decoder's own}."""
+        """Replace decoder blocks by own ones; {index: the decoder's block}."""
         return {}
 
     def _hook(self, block, layer, prepared, slots):
-        expanded = {}  # batch size -> prepared tensors; a decoding loop calls this at every step
+        expanded = {}  # rows -> prepared tensors; decoding calls this each step
+
+        def rows_of(x, rows):
+            if x is None:
+                return None
+            if self.row_to_clip is not None:
+                return x[self.row_to_clip]
+            return x.repeat_interleave(rows // len(x), 0)
 
         def hook(module, args, kwargs):
-            h = args[0] if args else kwargs["hidden_states"]             # some decoders pass it by name
-            rows, clips, whose = h.shape[0], prepared[0].shape[0], self.clip_of_row
-            if rows % clips if whose is None else rows != len(whose):
-                raise FusionError(f"{rows} sequences for {clips} clips: the batch is no multiple of the features")
-            if whose is not None:
-                heard, where = [x[whose] for x in prepared], None if slots is None else slots[whose]
+            # some decoders pass the hidden states by name
+            h = args[0] if args else kwargs["hidden_states"]
+            rows, clips = h.shape[0], prepared[0].shape[0]
+            if self.row_to_clip is None:
+                fits = rows % clips == 0
+            else:
+                fits = rows == len(self.row_to_clip)
+            if not fits:
+                raise FusionError(
+                    f"{rows} sequences for {clips} clips: the batch is no multiple of the features")
+            if self.row_to_clip is not None:
+                inputs = [rows_of(x, rows) for x in prepared]
             else:
                 if rows not in expanded:
-                    expanded[rows] = [x.repeat_interleave(rows // clips, 0) for x in prepared]
-                heard = expanded[rows]
-                where = None if slots is None else slots.repeat_interleave(rows // len(slots), 0)
-            new = self.change(layer, h, heard, where).to(h.dtype)
-            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+                    expanded[rows] = [rows_of(x, rows) for x in prepared]
+                inputs = expanded[rows]
+            new = self.change(layer, h, inputs, rows_of(slots, rows))
+            new = new.to(h.dtype)
+            if args:
+                return (new, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": new}
 
         return block.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -420,17 +444,58 @@ def load(folder, decoder):
 
 def digest(tensors):
     """sha256 over the names and bytes of {name: tensor}."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        found.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        flat = tensor.cpu().contiguous().reshape(-1)
+        sha.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
 
 
-def check_backbone(wanted, found):
+def check_backbone(wanted, given):
     for key in wanted:
-        if wanted[key] != found.get(key):
-            raise FusionError(f"this fusion belongs to another backbone: {key} is {str(wanted[key])[:60]} there, "
-                              f"{found.get(key)} here")
+        if wanted[key] != given.get(key):
+            raise FusionError(
+                f"this fusion belongs to another backbone: {key} is "
+                f"{str(wanted[key])[:60]} there, {given.get(key)} here")
+
+
+# ---------------------------------------------------------------- several at once
+
+@dataclass(eq=False)
+class Branch:
+    """A fusion and the clips it is given: frames[i] is (S_i, E). None: no clip."""
+    fusion: Fusion
+    frames: Sequence | None = None
+
+
+@contextmanager
+def attach_branches(decoder, branches, clips, slots=None):
+    """Attach several fusions for the clips with these indices.
+
+    clips: indices into each branch's frames. slots (B, N): for concat.
+    Yields {modality: tokens (B, N, D), or None without a clip}.
+    Two branches at one layer act in the order of their modalities' names, so
+    that a pair is one model, in whatever order it is given.
+    """
+    device = next(decoder.parameters()).device
+    tokens = {}
+    with ExitStack() as stack:
+        for branch in sorted(branches, key=lambda b: b.fusion.spec.modality):
+            frames = mask = None
+            if branch.frames is not None:
+                frames, mask = pad_frames([branch.frames[i] for i in clips])
+                frames = frames.to(device, non_blocking=True)
+                mask = mask.to(device, non_blocking=True)
+            attached = branch.fusion.attach(decoder, frames, mask, slots)
+            tokens[branch.fusion.spec.modality] = stack.enter_context(attached)
+        yield tokens
+
+
+def pad_frames(frames):
+    """[(S_i, E)] -> zero-padded (B, S, E), and mask (B, S), True at a frame."""
+    lengths = torch.tensor([[len(f)] for f in frames])
+    mask = torch.arange(int(lengths.max())) < lengths
+    return pad_sequence(list(frames), batch_first=True), mask
 
 
 def split(decoder, k):

@@ -142,7 +142,7 @@ class Tree:
     states: torch.Tensor          # (B, L, D): what the trunk makes of them
     position_ids: torch.Tensor    # (B, L): as if each sample followed the prompt alone
     attention_mask: torch.Tensor  # (B, 1, L, L), True: a place sees the prompt and what it goes on from
-    place: torch.Tensor           # (draws,): distinct (place, token) pairs, the place counted over all rows, B * L
+    position: torch.Tensor        # (draws,): where each distinct token was drawn, counted over B * L
     token: torch.Tensor           # (draws,)
     path: torch.Tensor            # (B * K, T): which draws a sample is made of
     mask: torch.Tensor            # (B * K, T), True up to and with the end token
@@ -153,72 +153,100 @@ class Tree:
 
     def logprobs(self, hidden, lm_head, temperature=1.0):
         """log p of every sampled token, (B * K, T), from the decoder's states (B, L, D) of this tree."""
-        logits = lm_head(hidden.flatten(0, 1)[self.place]) / temperature                        # (draws, V)
+        logits = lm_head(hidden.flatten(0, 1)[self.position]) / temperature                        # (draws, V)
         return -F.cross_entropy(logits.float(), self.token, reduction="none")[self.path]
 
 
 @torch.no_grad()
-def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, limit, temperature=1.0, hears=lambda rows: None):
+def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, limit, temperature=1.0, fusion=None):
     """K samples of each row of a prompt (B, P), at most `limit` tokens long, as a Tree.
 
-    The samples are independent draws: each draws its own next token, but what those that have agreed so far must
-    have computed is computed once, and nothing is for those that have ended. The states are the input of decoder
-    block `layer`. hears((rows,)) is told before each pass which clip each row of it belongs to, and None at
-    the end.
+    The samples are independent: each draws its own next token. What samples of a clip have
+    in common is computed once, and nothing is computed for those that have ended. The states
+    are the input of decoder block `layer`. fusion: what is attached, if anything; before each
+    pass its `row_to_clip` is set to the clip of each row, (rows,), and to None at the end.
     """
     from transformers import DynamicCache
     (B, P), device = prompt.shape, prompt.device
     cache, states = DynamicCache(config=decoder.config), []
-    tap = decoder.layers[layer].register_forward_pre_hook(    # first of its hooks: before a fusion changes them
-        lambda _, args, kwargs: states.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True,
-        prepend=True)
-    rows, clip, place = prompt, torch.arange(B, device=device), torch.full((B,), P - 1, device=device)
-    chain = torch.empty(B, 0, dtype=torch.long, device=device)                # places that a row goes on from
-    at = clip.repeat_interleave(K)                                            # the row where each sample stands
-    alive = torch.arange(B * K, device=device)
-    used, draws, grown, paths = torch.full((B,), P, device=device), [], [], []
+
+    def keep_input(module, args, kwargs):
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    # the first hook of its block: it sees the states before a fusion changes them
+    handle = decoder.layers[layer].register_forward_pre_hook(
+        keep_input, with_kwargs=True, prepend=True)
+    tokens = prompt                                            # (rows, 1) from the second pass on
+    clip = torch.arange(B, device=device)                      # (rows,)
+    position = torch.full((B,), P - 1, device=device)          # a row's position in its clip's Tree
+    ancestors = torch.empty(B, 0, dtype=torch.long, device=device)   # and those it continues
+    row = clip.repeat_interleave(K)                            # (active,): the row of each sample
+    active = torch.arange(B * K, device=device)                # samples that have not ended
+    used = torch.full((B,), P, device=device)                  # positions taken in each clip's Tree
+    draws, grown, paths, drawn = [], [], [], 0
     try:
         for t in range(limit):
-            hears(clip)
-            hidden = decoder(input_ids=rows, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-            chances = (lm_head(hidden).float() / temperature).softmax(-1)     # (rows, V)
-            upto, V = chances.double().cumsum(-1)[at], chances.shape[1]       # (alive, V); multinomial() is slower
-            drawn = torch.searchsorted(upto, torch.rand(len(at), 1, dtype=upto.dtype, device=device) * upto[:, -1:],
-                                       right=True).clamp(max=V - 1)[:, 0]
-            pairs, which = torch.unique(at * V + drawn, return_inverse=True)
-            parent, token = pairs // V, pairs % V
+            if fusion is not None:
+                fusion.row_to_clip = clip
+            out = decoder(input_ids=tokens, past_key_values=cache, use_cache=True)
+            logits = lm_head(out.last_hidden_state[:, -1]).float() / temperature
+            pairs, pair = torch.unique(_draw(logits.softmax(-1), row), return_inverse=True)
+            parent, token = pairs // logits.shape[1], pairs % logits.shape[1]
             path = torch.full((B * K,), -1, device=device)
-            path[alive] = sum(len(d[0]) for d in draws) + which
+            path[active] = drawn + pair
             paths.append(path)
-            draws.append((clip[parent], place[parent], token))
-            on = token != eos
-            if t + 1 == limit or not on.any():
+            drawn += len(pairs)
+            draws.append((clip[parent], position[parent], token))
+            alive = token != eos
+            if t + 1 == limit or not alive.any():
                 break
-            alive, at = alive[on[which]], (on.cumsum(0) - 1)[which][on[which]]
-            parent, rows = parent[on], token[on][:, None]
+            survives = alive[pair]
+            active = active[survives]
+            row = (alive.cumsum(0) - 1)[pair][survives]
+            parent, tokens = parent[alive], token[alive][:, None]
             cache.batch_select_indices(parent)
-            clip = clip[parent]                                               # ascending, as the rows are
-            place = used[clip] + torch.arange(len(clip), device=device) - torch.searchsorted(clip, clip)
+            clip = clip[parent]                                # ascending, as the rows are
+            rank = torch.arange(len(clip), device=device) - torch.searchsorted(clip, clip)
+            position = used[clip] + rank
             used = used + torch.bincount(clip, minlength=B)
-            chain = torch.cat([chain[parent], place[:, None]], 1)
-            grown.append((clip, place, chain))
+            ancestors = torch.cat([ancestors[parent], position[:, None]], 1)
+            grown.append((clip, position, ancestors))
     finally:
-        tap.remove()
-        hears(None)
+        handle.remove()
+        if fusion is not None:
+            fusion.row_to_clip = None
+    return _pack(states, draws, grown, paths, int(used.max()))
 
-    L = int(used.max())
-    packed = states[0].new_zeros(B, L, states[0].shape[-1])
+
+def _draw(probabilities, row):
+    """row * V + token: one token for each sample from the distribution of its row.
+
+    probabilities (rows, V), row (active,) -> (active,). By inversion of the cumulative
+    distribution in float64; torch.multinomial is slower.
+    """
+    V = probabilities.shape[1]
+    cumulative = probabilities.double().cumsum(-1)[row]                        # (active, V)
+    uniform = torch.rand(len(row), 1, dtype=torch.float64, device=row.device)
+    token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    return row * V + token.clamp(max=V - 1)[:, 0]
+
+
+def _pack(states, draws, grown, paths, L):
+    """The Tree of what sample_tree has drawn, padded to L positions a clip."""
+    (B, P, D), device = states[0].shape, states[0].device
+    packed = states[0].new_zeros(B, L, D)
     packed[:, :P] = states[0]
-    position = torch.arange(L, device=device).expand(B, L).clone()
-    seen = torch.zeros(B, L, L, dtype=torch.bool, device=device)
-    seen[:, :, :P] = torch.ones(L, P, dtype=torch.bool, device=device).tril()
-    for depth, ((clip, place, chain), new) in enumerate(zip(grown, states[1:])):
-        packed[clip, place] = new[:, 0]
-        position[clip, place] = P + depth
-        seen[clip[:, None], place[:, None], chain] = True
-    clip, place, token = (torch.cat(part) for part in zip(*draws))
+    position_ids = torch.arange(L, device=device).expand(B, L).clone()
+    mask = torch.zeros(B, L, L, dtype=torch.bool, device=device)
+    mask[:, :, :P] = torch.ones(L, P, dtype=torch.bool, device=device).tril()
+    for depth, ((clip, position, ancestors), new) in enumerate(zip(grown, states[1:])):
+        packed[clip, position] = new[:, 0]
+        position_ids[clip, position] = P + depth
+        mask[clip[:, None], position[:, None], ancestors] = True
+    clip, position, token = (torch.cat(part) for part in zip(*draws))
     path = torch.stack(paths, 1)
-    return Tree(packed, position, seen[:, None], clip * L + place, token, path.clamp(min=0), path >= 0)
+    return Tree(packed, position_ids, mask[:, None], clip * L + position, token,
+                path.clamp(min=0), path >= 0)
 
 
 def demo():

@@ -1,14 +1,16 @@
-"""Train one system: cross-entropy (+ contrastive), then SCST by itself once validation has stopped rising.
+"""Train one system: cross-entropy (+ contrastive), then SCST at the plateau.
 
-    python train.py --fusion additive --layers 3 6 --data tiny/data/audiocaps --llava tiny/models/llava \\
-        --encoder tiny/models/clap --lr 6e-3 --lr-adapter 3e-3 --batch-size 32 --steps 400 --eval-every 100 --out run
-    torchrun --nproc-per-node=4 train.py ...        # the same losses at the same global batch
+    python train.py --fusion additive --layers 3 6 --data tiny/data/audiocaps \\
+        --llava tiny/models/llava --encoder tiny/models/clap --lr 6e-3 \\
+        --lr-adapter 3e-3 --batch-size 32 --steps 400 --eval-every 100 --out run
+    torchrun --nproc-per-node=4 train.py ...   # the same losses, same global batch
 
-Started again with the same flags it goes on where it was; a finished run is left alone.
-Shapes: B clips, P prompt positions, T caption positions, D decoder width, N modality tokens, K samples a clip.
+Started again with the same flags it continues; a finished run is left alone.
+Shapes: B clips, P prompt positions, T caption positions, D decoder width,
+N modality tokens, K samples a clip, V words of the vocabulary.
 """
-import evaluate  # first: it makes torchaudio importable
-import data
+import data  # first: it makes torchaudio importable
+import evaluate
 from data import InputError, write_json
 
 import argparse
@@ -19,6 +21,8 @@ import shutil
 import subprocess
 import time
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,98 +36,132 @@ from tqdm import tqdm
 import fusion as fusions
 import scst
 
-TRUNK_IN_MEMORY = 4 << 30  # bytes; larger caches of trunk states are memory-mapped files
+TRUNK_IN_MEMORY = 4 << 30  # bytes; larger trunk states go to a memory-mapped file
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    # what
-    p.add_argument("--fusion", default="additive", choices=list(fusions.SYSTEMS), help="how sound enters")
-    p.add_argument("--layers", type=int, nargs="+", default=[12, 24], help="decoder layers that are fused, from 0")
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # the system
+    p.add_argument("--fusion", default="additive", choices=list(fusions.SYSTEMS),
+                   help="how the modality enters the decoder")
+    p.add_argument("--layers", type=int, nargs="+", default=[12, 24],
+                   help="decoder layers that are fused, counted from 0")
     p.add_argument("--tokens", type=int, default=16, help="modality tokens a clip")
     p.add_argument("--hidden", type=int, default=768, help="inner width of the projector")
-    p.add_argument("--gate-init", type=float, default=0.05, help="additive's gates at the start")
-    p.add_argument("--modality", default="audio", choices=["audio", "video"], help="what the encoder reads")
-    # from where
-    p.add_argument("--dataset", default="audiocaps", choices=["audiocaps", "clotho", "av"], help="layout of --data")
-    p.add_argument("--data", required=True, help="folder of the data set, as released")
-    p.add_argument("--llava", default="llava-hf/llava-1.5-7b-hf", help="frozen backbone: folder or hub name")
-    p.add_argument("--encoder", default="laion/clap-htsat-unfused", help="frozen encoder: folder or hub name")
-    p.add_argument("--init", default=None, metavar="RUN", help="start from the fusion of a finished run")
+    p.add_argument("--gate-init", type=float, default=0.05,
+                   help="initial value of additive's gates")
+    p.add_argument("--modality", default="audio", choices=["audio", "video"],
+                   help="what the encoder reads")
+    # models and data
+    p.add_argument("--dataset", default="audiocaps",
+                   choices=["audiocaps", "clotho", "av"], help="layout of --data")
+    p.add_argument("--data", required=True, help="folder of the dataset, as released")
+    p.add_argument("--llava", default="llava-hf/llava-1.5-7b-hf",
+                   help="frozen backbone: folder or hub name")
+    p.add_argument("--encoder", default="laion/clap-htsat-unfused",
+                   help="frozen encoder: folder or hub name")
+    p.add_argument("--init", default=None, metavar="RUN",
+                   help="start from the fusion of a finished run")
     p.add_argument("--beside", default=None, metavar="RUN",
-                   help="a finished run of another modality, whose frozen fusion is attached too")
-    p.add_argument("--limit", type=int, default=0, help="train on the first clips only, 0 = all")
-    # where to
+                   help="attach the frozen fusion of a finished run of another modality")
+    p.add_argument("--limit", type=int, default=0,
+                   help="train on the first clips only, 0 = all")
+    # output
     p.add_argument("--out", required=True, help="the run's folder")
-    p.add_argument("--cache", default=None, help="frozen-encoder features; default: cache/ beside the run's folder")
+    p.add_argument("--cache", default=None,
+                   help="encoder features; default: cache/ next to the run's folder")
     # optimisation
-    p.add_argument("--steps", type=int, default=1000, help="at most so many XE steps (the cosine's length)")
-    p.add_argument("--batch-size", type=int, default=512, help="clips a step, over all processes")
-    p.add_argument("--micro-batch", type=int, default=32, help="clips at once, over all processes")
-    p.add_argument("--lr", type=float, default=2e-4, help="projector's peak learning rate")
-    p.add_argument("--lr-adapter", type=float, default=1e-4, help="adapters', gates' and unfrozen blocks'")
+    p.add_argument("--steps", type=int, default=1000,
+                   help="maximum of XE steps, the length of the cosine")
+    p.add_argument("--batch-size", type=int, default=512,
+                   help="clips a step, over all processes")
+    p.add_argument("--micro-batch", type=int, default=32,
+                   help="clips in one pass, over all processes")
+    p.add_argument("--lr", type=float, default=2e-4, help="peak rate of the projector")
+    p.add_argument("--lr-adapter", type=float, default=1e-4,
+                   help="peak rate of adapters, gates and unfrozen blocks")
     p.add_argument("--weight-decay", type=float, default=0.01, help="on matrices")
-    p.add_argument("--warmup", type=float, default=0.03, help="share of the steps")
-    p.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    p.add_argument("--contrastive", type=float, default=0.0, help="weight of the CLAP-contrastive term, 0 = off")
-    p.add_argument("--gate-l2", type=float, default=1e-4, help="weight of the gates' squares")
+    p.add_argument("--warmup", type=float, default=0.03, help="fraction of the steps")
+    p.add_argument("--clip", type=float, default=1.0, help="maximum gradient norm")
+    p.add_argument("--contrastive", type=float, default=0.0,
+                   help="weight of the CLAP-contrastive term, 0 = off")
+    p.add_argument("--gate-l2", type=float, default=1e-4,
+                   help="weight of the squared gates")
     # validation and SCST
-    p.add_argument("--eval-every", type=int, default=0, help="steps between validations, 0 = an epoch")
-    p.add_argument("--patience", type=int, default=2, help="validations without a rise before XE stops")
+    p.add_argument("--eval-every", type=int, default=0,
+                   help="steps between validations, 0 = an epoch")
+    p.add_argument("--patience", type=int, default=2,
+                   help="validations without improvement before training stops")
     p.add_argument("--scst", default="off", choices=["off", "auto", "now"],
-                   help="self-critical training from the best XE checkpoint: once XE has stopped rising, or at once")
+                   help="self-critical training from the best XE checkpoint: "
+                        "at XE's plateau, or at once")
     p.add_argument("--reward", default="cider_d", choices=["cider_d", "spider_lite"],
-                   help="what SCST raises: CIDEr-D, or its mean with spice_lite")
-    p.add_argument("--scst-steps", type=int, default=500, help="at most so many SCST steps")
+                   help="SCST's reward: CIDEr-D, or its mean with spice_lite")
+    p.add_argument("--scst-steps", type=int, default=500, help="maximum of SCST steps")
     p.add_argument("--scst-samples", type=int, default=5, help="K, samples a clip")
     p.add_argument("--scst-temperature", type=float, default=1.0,
-                   help="of the policy that is sampled and trained; below 1 it is nearer to what greedy decoding says")
-    p.add_argument("--scst-lr", type=float, default=1e-5, help="SCST's peak learning rate")
+                   help="of the policy that is sampled and trained; "
+                        "below 1 it is closer to greedy decoding")
+    p.add_argument("--scst-lr", type=float, default=1e-5, help="peak rate of SCST")
     # the machine
-    p.add_argument("--seed", type=int, default=0, help="of initialisation, data order and samples")
-    p.add_argument("--device", default=evaluate.default_device(), help="cpu, cuda or cuda:1")
-    a = p.parse_args(argv)
-    a.layers = sorted(set(a.layers))
-    for flag in ("tokens", "hidden", "steps", "batch_size", "micro_batch", "patience", "scst_steps"):
-        if getattr(a, flag) < 1:
+    p.add_argument("--seed", type=int, default=0,
+                   help="of initialisation, data order and samples")
+    p.add_argument("--device", default=data.default_device(), help="cpu, cuda or cuda:1")
+    args = p.parse_args(argv)
+
+    args.layers = sorted(set(args.layers))
+    for flag in ("tokens", "hidden", "steps", "batch_size", "micro_batch", "patience",
+                 "scst_steps"):
+        if getattr(args, flag) < 1:
             p.error(f"--{flag.replace('_', '-')} must be at least 1")
-    if a.scst != "off" and a.scst_samples < 2:
-        p.error("--scst-samples must be at least 2: a leave-one-out baseline needs another sample")
-    if a.contrastive and a.modality != "audio":
+    if args.scst != "off" and args.scst_samples < 2:
+        p.error("--scst-samples must be at least 2: a leave-one-out baseline needs "
+                "another sample")
+    if args.contrastive and args.modality != "audio":
         p.error("--contrastive compares with CLAP's text side: it needs --modality audio")
-    if a.beside and a.scst != "off":
+    if args.beside and args.scst != "off":
         p.error("--beside is for cross-entropy: it needs --scst off")
-    a.micro_batch = min(a.micro_batch, a.batch_size)
-    if a.batch_size % a.micro_batch:
-        p.error(f"--batch-size {a.batch_size} must be a multiple of --micro-batch {a.micro_batch}")
-    # whoever learns from the same captions is asked the same
-    a.prompt = evaluate.VIDEO_PROMPT if "video" in a.modality or a.dataset == "av" else evaluate.SOUND_PROMPT
-    a.cache = a.cache or str(Path(a.out).parent / "cache")
-    return a
+    args.micro_batch = min(args.micro_batch, args.batch_size)
+    if args.batch_size % args.micro_batch:
+        p.error(f"--batch-size {args.batch_size} must be a multiple of "
+                f"--micro-batch {args.micro_batch}")
+    # the same prompt for all systems that learn from the same captions
+    video = args.modality == "video" or args.dataset == "av"
+    args.prompt = data.VIDEO_PROMPT if video else data.SOUND_PROMPT
+    args.cache = args.cache or str(Path(args.out).parent / "cache")
+    return args
 
 
 # ---------------------------------------------------------------- losses
 
 def caption_loss(logits, targets):
-    """Sum of the caption tokens' cross-entropies; logits (B, T, V), targets (B, T) with -100 where padded."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    """Summed cross-entropy of the caption tokens.
+
+    logits (B, T, V); targets (B, T), -100 where padded.
+    """
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(),
+                           ignore_index=-100, reduction="sum")
 
 
 def info_nce(audio, text, log_temperature, clip):
-    """Symmetric InfoNCE of (B, P) audio and text vectors; clip (B,) says which rows are the same clip.
+    """Symmetric InfoNCE of audio and text vectors, both (B, P). Radford et al. 2021.
 
-    Radford et al. 2021. Another caption of the same clip is no negative: such pairs leave the denominator.
+    clip (B,): the clip of each row. Two captions of one clip are no negatives of
+    each other: such pairs are left out of the denominator.
     """
-    logits = F.normalize(audio, dim=-1) @ F.normalize(text, dim=-1).T / log_temperature.exp()
-    same = (clip[:, None] == clip[None]) & ~torch.eye(len(clip), dtype=torch.bool, device=clip.device)
-    logits = logits.masked_fill(same, float("-inf"))
+    similarity = F.normalize(audio, dim=-1) @ F.normalize(text, dim=-1).T
+    logits = similarity / log_temperature.exp()                           # (B, B)
+    itself = torch.eye(len(clip), dtype=torch.bool, device=clip.device)
+    same_clip = (clip[:, None] == clip[None]) & ~itself
+    logits = logits.masked_fill(same_clip, float("-inf"))
     target = torch.arange(len(clip), device=clip.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 class ContrastiveHead(nn.Module):
-    """Mean modality token to CLAP's shared space, and the temperature, 0.07 at the start."""
+    """Mean modality token to CLAP's shared space; the temperature starts at 0.07."""
 
     def __init__(self, width, embed_dim):
         super().__init__()
@@ -131,76 +169,288 @@ class ContrastiveHead(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
 
 
-# ---------------------------------------------------------------- training captions behind the frozen trunk
+# ---------------------------------------------------------------- what a step needs
 
-class TrunkStates:
-    """What the layers below the first fusion make of every training caption, computed once.
+@dataclass
+class Model:
+    """What a training step needs of the model."""
+    backbone: data.Backbone
+    fusion: fusions.Fusion      # the one that is trained
+    contrast: ContrastiveHead
+    branches: list              # all fusions, with the training clips' frames
+    trunk: nn.Module            # the decoder below split_layer
+    head: nn.Module             # the decoder from split_layer up
+    split_layer: int            # the first layer with anything trained or fused
+    prompt: list                # token ids that all captions share, P of them
+    slots: torch.Tensor | None  # (N,), positions of concat's placeholders
 
-    The prompt's states (P, D) are shared; each caption's (T, D) lie packed in memory, or in a memory-mapped file.
+    def attach(self, clips):
+        """Fuse these training clips into the decoder; yields {modality: tokens}."""
+        slots = self.slots
+        if slots is not None:
+            slots = slots.expand(len(clips), -1)                      # (B, N)
+        decoder = self.backbone.decoder
+        return fusions.attach_branches(decoder, self.branches, clips, slots)
+
+    def trainable(self):
+        return [*self.fusion.parameters(), *self.contrast.parameters()]
+
+
+@dataclass
+class CaptionBatch:
+    """One micro-batch of cross-entropy, as one process sees it."""
+    clips: list             # training clips, one a row
+    states: torch.Tensor    # (B, P + T, D), prompt and caption behind the trunk
+    targets: torch.Tensor   # (B, T), -100 where nothing is learned
+    tokens: int             # caption tokens of the whole step
+    parts: int              # micro-batches of a step times processes
+    text: torch.Tensor | None        # CLAP's caption embeddings, of all processes
+    text_clips: torch.Tensor | None  # the clip of each
+
+
+@dataclass
+class ClipBatch:
+    """One micro-batch of SCST, as one process sees it."""
+    clips: list
+    seed: int
+    limit: int              # tokens of a sample at most
+    parts: int
+
+
+def xe_loss(model, batch, args):
+    """Loss of one CaptionBatch, and its terms {"xe", "contrastive"}.
+
+    loss = cross-entropy a caption token of the step
+         + args.contrastive * InfoNCE(mean modality token, CLAP's caption embedding)
+         + args.gate_l2 * sum of squared gates,
+    the last two divided by batch.parts: the losses of a step's micro-batches and
+    processes add up to the loss of the step. Only the layers above the trunk run.
+    """
+    backbone, P = model.backbone, len(model.prompt)
+    with backbone.autocast(), model.attach(batch.clips) as tokens:
+        out = model.head(inputs_embeds=batch.states, use_cache=False)
+        hidden = out.last_hidden_state[:, P - 1:-1]                   # (B, T, D)
+        logits = backbone.llava.lm_head(hidden)                       # (B, T, V)
+        xe = caption_loss(logits, batch.targets) / batch.tokens
+    loss = xe + args.gate_l2 * model.fusion.gate_penalty() / batch.parts
+    terms = {"xe": xe.detach(), "contrastive": 0.0}
+    if args.contrastive:
+        mean_token = tokens[args.modality].float().mean(1)            # (B, D)
+        audio = gather_with_gradient(model.contrast.linear(mean_token))
+        nce = info_nce(audio, batch.text, model.contrast.log_temperature,
+                       batch.text_clips) / batch.parts
+        loss = loss + args.contrastive * nce
+        terms["contrastive"] = nce.detach()
+    return loss, terms
+
+
+class Reward:
+    """CIDEr-D against a clip's training captions, or its mean with spice_lite.
+
+    Document frequencies come from the training captions.
     """
 
-    def __init__(self, backbone, trunk, prompt, captions, asked, folder):
-        """asked: how many tokens of each caption still belong to its question, and are not learned."""
-        D, dtype = backbone.decoder.config.hidden_size, backbone.llava.dtype
-        self.ids, self.asked, self.prompt_length, self.device = captions, asked, len(prompt), backbone.device
+    def __init__(self, clips, name):
+        self.name = name
+        self.references = [[scst.words(r) for r in c.references] for c in clips]
+        self.cider = scst.CiderD(self.references, end=True)
+
+    def __call__(self, captions, clips, ended):
+        """Rewards of captions, float32; clips[i] and ended[i] belong to captions[i]."""
+        references = [self.references[c] for c in clips]
+        reward = self.cider.score_many(captions, references, ended).float()
+        if self.name == "spider_lite":
+            lite = map(evaluate.spice_lite, captions, references)
+            reward = (reward + torch.tensor(list(lite))) / 2
+        return reward
+
+
+def scst_loss(model, batch, reward, args):
+    """Self-critical loss of one ClipBatch, and its terms {"reward", "distinct"}.
+
+    K samples a clip are drawn as a tree, rewarded, and passed once through the
+    layers above the trunk; the baseline of a sample is the mean reward of the
+    clip's others. reward(captions, clips, ended) -> (B * K,).
+    "distinct" is the fraction of sampled tokens that the samples do not share.
+    """
+    backbone, fusion, K = model.backbone, model.fusion, args.scst_samples
+    lm_head, B = backbone.llava.lm_head, len(batch.clips)
+    prompt = torch.tensor([model.prompt] * B, device=backbone.device)
+    torch.manual_seed(batch.seed)
+    with torch.no_grad(), backbone.autocast(), model.attach(batch.clips):
+        tree = scst.sample_tree(
+            backbone.decoder, lm_head, prompt, K, layer=model.split_layer,
+            eos=backbone.eos, limit=batch.limit, temperature=args.scst_temperature,
+            fusion=fusion)
+    samples = tree.samples()
+    captions = [scst.words(backbone.text(s)) for s in samples]
+    ended = [s[-1] == backbone.eos for s in samples]
+    clips = [c for c in batch.clips for _ in range(K)]
+    r = reward(captions, clips, ended).view(B, K).to(backbone.device)
+    with backbone.autocast(), model.attach(batch.clips):
+        out = model.head(inputs_embeds=tree.states, position_ids=tree.position_ids,
+                         attention_mask=tree.attention_mask, use_cache=False)
+        logprobs = tree.logprobs(out.last_hidden_state, lm_head, args.scst_temperature)
+    loss = scst.scst_loss(logprobs.view(B, K, -1), tree.mask.view(B, K, -1),
+                          scst.leave_one_out(r)) / batch.parts
+    loss = loss + args.gate_l2 * fusion.gate_penalty() / batch.parts
+    distinct = len(tree.token) / int(tree.mask.sum())
+    return loss, {"reward": r.mean() / batch.parts, "distinct": distinct / batch.parts}
+
+
+# ---------------------------------------------------------------- training captions
+
+class TrunkStates:
+    """The training captions' states behind the frozen trunk, computed once.
+
+    The prompt's states (P, D) are shared; the captions' (T, D) lie packed in
+    memory, or in a memory-mapped file in `folder`.
+    """
+
+    def __init__(self, backbone, trunk, prompt, captions, unlearned, folder):
+        """captions: token ids; the first unlearned[i] of captions[i] are a question."""
+        self.ids, self.unlearned, self.device = captions, unlearned, backbone.device
+        self.prompt_length = len(prompt)
         self.start = [0]
         for ids in captions:
             self.start.append(self.start[-1] + len(ids))
+        D, dtype = backbone.decoder.config.hidden_size, backbone.llava.dtype
         shape = (self.start[-1], D)
         if shape[0] * D * dtype.itemsize <= TRUNK_IN_MEMORY:
             self.states = torch.empty(shape, dtype=dtype)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            self.states = torch.from_file(str(folder / f"trunk{dist_rank()}.bin"), shared=True,
-                                          size=shape[0] * D, dtype=dtype).view(shape)
+            self.states = torch.from_file(
+                str(folder / f"trunk{dist_rank()}.bin"), shared=True,
+                size=shape[0] * D, dtype=dtype).view(shape)
         order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
-        P = self.prompt_length
+        batches = [order[i:i + 128] for i in range(0, len(order), 128)]
         with torch.inference_mode(), backbone.autocast():
-            for i in tqdm(range(0, len(order), 128), desc="trunk states", unit="batch", leave=False):
-                part = order[i:i + 128]
-                T = len(captions[part[-1]])
-                rows = [prompt + captions[j] + [backbone.pad] * (T - len(captions[j])) for j in part]
-                out = trunk(input_ids=torch.tensor(rows, device=backbone.device), use_cache=False).last_hidden_state
-                for row, j in zip(out, part):
-                    self.states[self.start[j]:self.start[j + 1]] = row[P:P + len(captions[j])]
-                self.prompt_states = out[0, :P].to(dtype).clone()  # the same in every row: attention is causal
+            for batch in tqdm(batches, desc="trunk states", unit="batch", leave=False):
+                self._compute(backbone, trunk, prompt, batch)
 
-    def batch(self, which):
-        """Captions by number -> (states (B, P + T, D), target ids (B, T) with -100 where padded)."""
-        T = max(len(self.ids[j]) for j in which)
-        states = self.states.new_zeros(len(which), self.prompt_length + T, self.states.shape[1])
-        targets = torch.full((len(which), T), -100)
-        for row, j in enumerate(which):
-            n = len(self.ids[j])
-            states[row, self.prompt_length:self.prompt_length + n] = self.states[self.start[j]:self.start[j + 1]]
-            targets[row, self.asked[j]:n] = torch.tensor(self.ids[j][self.asked[j]:])
+    def _compute(self, backbone, trunk, prompt, batch):
+        P, T = len(prompt), max(len(self.ids[i]) for i in batch)
+        rows = []
+        for i in batch:
+            padding = [backbone.pad] * (T - len(self.ids[i]))
+            rows.append(prompt + self.ids[i] + padding)
+        rows = torch.tensor(rows, device=backbone.device)
+        out = trunk(input_ids=rows, use_cache=False).last_hidden_state
+        for row, i in zip(out, batch):
+            caption = row[P:P + len(self.ids[i])]
+            self.states[self.start[i]:self.start[i + 1]] = caption
+        # the same in every row: attention is causal
+        self.prompt_states = out[0, :P].to(self.states.dtype).clone()
+
+    def batch(self, captions):
+        """Captions by number -> states (B, P + T, D), targets (B, T), -100 padded."""
+        P, T = self.prompt_length, max(len(self.ids[i]) for i in captions)
+        states = self.states.new_zeros(len(captions), P + T, self.states.shape[1])
+        targets = torch.full((len(captions), T), -100)
+        for row, i in enumerate(captions):
+            ids, skip = self.ids[i], self.unlearned[i]
+            states[row, P:P + len(ids)] = self.states[self.start[i]:self.start[i + 1]]
+            targets[row, skip:len(ids)] = torch.tensor(ids[skip:])
         states = states.to(self.device, non_blocking=True)
-        states[:, :self.prompt_length] = self.prompt_states
+        states[:, :P] = self.prompt_states
         return states, targets.to(self.device, non_blocking=True)
+
+    def learned(self, caption):
+        """How many tokens of a caption are learned."""
+        return len(self.ids[caption]) - self.unlearned[caption]
 
 
 class Order:
-    """The data order as a function of the seed and the step alone: nothing about it needs saving."""
+    """The data order, a function of the seed and the step: it needs no saving."""
 
     def __init__(self, references, seed):
-        self.references, self.seed, self.epoch = references, seed, None  # references: how many each clip has
+        """references: how many each clip has."""
+        self.references, self.seed, self.epoch = references, seed, None
 
     def step(self, step, size):
-        """[(clip, reference)] of a step: without replacement in an epoch, one reference a clip."""
-        n, out = len(self.references), []
+        """[(clip, reference)]: an epoch takes each clip once, with one reference."""
+        n, batch = len(self.references), []
         for position in range(step * size, (step + 1) * size):
-            epoch, k = divmod(position, n)
+            epoch, i = divmod(position, n)
             if epoch != self.epoch:
                 self.epoch = epoch
                 g = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
                 self.clips = torch.randperm(n, generator=g).tolist()
                 self.draws = torch.rand(n, generator=g).tolist()
-            clip = self.clips[k]
-            out.append((clip, int(self.draws[k] * self.references[clip])))
-        return out
+            clip = self.clips[i]
+            batch.append((clip, int(self.draws[i] * self.references[clip])))
+        return batch
 
 
-# ---------------------------------------------------------------- one process among several
+class TrainingCaptions:
+    """The training clips' captions, and the micro-batches of each step."""
+
+    def __init__(self, model, clips, prompts, encoder, args):
+        """prompts: token ids, one a clip; encoder: CLAP, for the contrastive term."""
+        backbone, P = model.backbone, len(model.prompt)
+        self.clips = clips
+        self.first = [0]                        # number of a clip's first caption
+        ids, unlearned = [], []
+        for clip, prompt in zip(clips, prompts):
+            question = prompt[P:]
+            for reference in clip.references:
+                text = clip.question or args.prompt
+                ids.append(question + backbone.caption_ids(text, reference))
+                unlearned.append(len(question))
+            self.first.append(len(ids))
+        folder = Path(args.out) / "state"
+        self.states = TrunkStates(backbone, model.trunk, model.prompt, ids, unlearned,
+                                  folder)
+        self.embeds = None
+        if args.contrastive:
+            texts = [r for clip in clips for r in clip.references]
+            self.embeds = encoder.embed_text(texts)
+        self.order = Order([len(c.references) for c in clips], args.seed)
+        # a sample longer than any training caption is lost already
+        longest = max(map(self.states.learned, range(len(ids))))
+        self.limit = min(longest, evaluate.MAX_NEW_TOKENS)
+
+    def xe_batches(self, step, args):
+        """The CaptionBatches of a step for this process."""
+        batch = [(self.first[clip] + reference, clip)
+                 for clip, reference in self.order.step(step, args.batch_size)]
+        tokens = sum(self.states.learned(caption) for caption, _ in batch)
+        batch.sort(key=lambda row: len(self.states.ids[row[0]]))  # little padding
+        device = self.states.device
+        for part, mine, parts in micro_batches(batch, args):
+            states, targets = self.states.batch([caption for caption, _ in mine])
+            text = text_clips = None
+            if self.embeds is not None:
+                text = self.embeds[[caption for caption, _ in part]].to(device)
+                text_clips = torch.tensor([clip for _, clip in part], device=device)
+            clips = [clip for _, clip in mine]
+            yield CaptionBatch(clips, states, targets, tokens, parts, text, text_clips)
+
+    def clip_ids(self, step, size):
+        """Ids of a step's clips, for messages."""
+        batch = self.order.step(step, size)
+        return " ".join(self.clips[clip].id for clip, _ in batch[:64])
+
+    def scst_batches(self, step, args):
+        """The ClipBatches of a step for this process."""
+        batch = [clip for clip, _ in self.order.step(step, args.batch_size)]
+        for k, (_, mine, parts) in enumerate(micro_batches(batch, args)):
+            seed = (args.seed * 1_000_003 + step) * 1009 + k
+            yield ClipBatch(mine, seed * 97 + dist_rank(), self.limit, parts)
+
+
+def micro_batches(batch, args):
+    """For each micro-batch: its rows, this process's rows, and the number of parts."""
+    size = args.micro_batch // dist_world()
+    start = dist_rank() * size
+    parts = args.batch_size // args.micro_batch * dist_world()
+    for i in range(0, args.batch_size, args.micro_batch):
+        part = batch[i:i + args.micro_batch]
+        yield part, part[start:start + size], parts
+
+
+# ---------------------------------------------------------------- several processes
 
 def dist_rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -208,6 +458,11 @@ def dist_rank():
 
 def dist_world():
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if dist_world() > 1:
+        dist.barrier()
 
 
 def gather_with_gradient(x):
@@ -225,48 +480,95 @@ def sum_over_ranks(tensors):
             t.copy_(part.view_as(t))
 
 
+def start_processes(args):
+    """Join torchrun's processes, if there are several."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.micro_batch % world:
+        raise InputError(f"--micro-batch {args.micro_batch} must be a multiple of "
+                         f"the {world} processes")
+    if world > 1:
+        cuda = args.device.startswith("cuda")
+        dist.init_process_group("nccl" if cuda else "gloo")
+        if cuda:
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+
+
 # ---------------------------------------------------------------- the run's folder
 
-HERE_ONLY = {"out", "cache", "device"}  # may differ when a run goes on
-OF_SCST = {"scst", "scst_steps", "scst_samples", "scst_temperature", "scst_lr", "reward"}  # --scst now may choose
+MAY_DIFFER = {"out", "cache", "device"}  # between a run and its continuation
+SCST_FLAGS = {"scst", "scst_steps", "scst_samples", "scst_temperature", "scst_lr",
+              "reward"}                  # --scst now may choose them anew
+
+
+@dataclass
+class Progress:
+    """Where training is. Saved with the state, so that a killed run continues."""
+    stage: str = "xe"
+    step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    since_best: int = 0      # validations
+    scores: dict | None = None  # of the best checkpoint
+    seconds: float = 0.0
+    log_lines: int = 0
+    validated: int = -1      # step of the last validation
+    stable: bool = False     # XE has stopped rising
+    stages: dict = field(default_factory=dict)  # of those that ended
+
+    def end_stage(self, reason):
+        self.stages[self.stage] = {
+            "best": self.best, "best_step": self.best_step, "seconds": self.seconds,
+            "scores": self.scores, "steps": self.step, "reason": reason}
 
 
 def git_commit():
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True,
-                              text=True, cwd=Path(__file__).parent)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, cwd=Path(__file__).parent)
         return done.stdout.strip() or None
     except OSError:
         return None
 
 
-def alone_in(out):
-    """A lock on the run's folder, waited for: after a killed sweep its orphans may still be training there."""
+def lock_folder(out):
+    """Lock the run's folder until this process ends; wait if another trains there.
+
+    After a killed sweep its orphans may still be training.
+    """
     if dist_rank() > 0:
         return None
     (out / "state").mkdir(parents=True, exist_ok=True)
     lock = open(out / "state" / "lock", "w")
-    data.lock_or_wait(lock, f"{out}: another process trains there, waiting for it")
+    data.lock_or_wait(lock, f"{out}: waiting for another process that trains there")
     return lock
 
 
-def check_folder(args):
-    """True if the run is finished. Raises InputError, naming the flag, if the folder holds another run."""
+def is_finished(args):
+    """Is the run in --out finished? Raises InputError if it is another run."""
     out = Path(args.out)
-    if (out / "config.json").exists():
+    config, training = out / "config.json", out / "training.json"
+    if config.exists():
         try:
-            old = dict(json.loads((out / "config.json").read_text()))
+            old = dict(json.loads(config.read_text()))
         except (ValueError, TypeError):
-            raise InputError(f"{out / 'config.json'}: not JSON; remove the folder or choose another --out") from None
+            raise InputError(f"{config}: not JSON; remove the folder or choose "
+                             "another --out") from None
         for key, value in vars(args).items():
-            if key not in HERE_ONLY and old.get(key) != value and not (args.scst == "now" and key in OF_SCST):
-                raise InputError(f"{out} holds a run with --{key.replace('_', '-')} {old.get(key)}, not {value}: "
-                                 "choose another --out, or remove that folder")
+            if key in MAY_DIFFER or args.scst == "now" and key in SCST_FLAGS:
+                continue
+            if old.get(key) != value:
+                flag = key.replace("_", "-")
+                raise InputError(
+                    f"{out} holds a run with --{flag} {old.get(key)}, not {value}: "
+                    "choose another --out, or remove that folder")
     elif args.scst == "now":
-        raise InputError(f"{out}: --scst now goes on from an XE checkpoint, and there is no run")
-    if not (out / "training.json").exists():
+        raise InputError(f"{out}: --scst now continues from an XE checkpoint, and "
+                         "there is no run")
+    if not training.exists():
         return False
-    if args.scst == "now" and "scst" not in json.loads((out / "training.json").read_text())["stages"]:
+    if args.scst == "now" and "scst" not in json.loads(training.read_text())["stages"]:
         return False
     if dist_rank() == 0:
         shutil.rmtree(out / "state", ignore_errors=True)
@@ -275,400 +577,196 @@ def check_folder(args):
 
 
 def save_state(path, modules, optimizer, progress):
-    """Everything a resumed run needs, in one file: tensors, and numbers as JSON in its header. No pickle."""
-    tensors = {f"{name}/{k}": v for name, m in modules.items() for k, v in m.state_dict().items()}
+    """All that a resumed run needs, in one file without pickle: tensors, and
+    numbers as JSON in its header."""
+    tensors = {}
+    for name, module in modules.items():
+        for key, value in module.state_dict().items():
+            tensors[f"{name}/{key}"] = value.contiguous()
     for i, entry in optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer/{i}/{k}": v for k, v in entry.items()})
+        for key, value in entry.items():
+            tensors[f"optimizer/{i}/{key}"] = value.contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_suffix(".tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata={"progress": json.dumps(progress)})
+    save_file(tensors, tmp, metadata={"progress": json.dumps(asdict(progress))})
     os.replace(tmp, path)
 
 
 @contextmanager
-def reading(path):
-    """What is wrong with a saved state is said in one line."""
+def damage_is_one_line(path):
+    """Turn what is wrong with a saved state into one line."""
     try:
         yield
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
-        raise InputError(f"{path}: damaged ({' '.join(str(e).split())[:120]}); remove {path.parent} and "
-                         f"{path.parent.parent / 'config.json'} to train from the start") from None
+        reason = " ".join(str(e).split())[:120]
+        raise InputError(
+            f"{path}: damaged ({reason}); remove {path.parent} and "
+            f"{path.parent.parent / 'config.json'} to train from the start") from None
 
 
-def read_progress(path):
-    with reading(path), safe_open(path, "pt") as f:
-        return json.loads(f.metadata()["progress"])
+def read_progress(out):
+    """The Progress to continue from, and whether a saved state belongs to it."""
+    state, training = out / "state" / "state.safetensors", out / "training.json"
+    if state.exists():
+        with damage_is_one_line(state), safe_open(state, "pt") as f:
+            return Progress(**json.loads(f.metadata()["progress"])), True
+    if training.exists():  # XE has finished, and --scst now continues
+        stages = json.loads(training.read_text())["stages"]
+        lines = len((out / "log.jsonl").read_text().splitlines())
+        return Progress(stages=stages, stable=True, log_lines=lines,
+                        seconds=stages["xe"]["seconds"]), False
+    return Progress(), False
 
 
 def load_state(path, modules, optimizer):
-    with reading(path), safe_open(path, "pt", device="cpu") as f:
+    with damage_is_one_line(path), safe_open(path, "pt", device="cpu") as f:
         tensors = {k: f.get_tensor(k) for k in f.keys()}
         for name, module in modules.items():
-            module.load_state_dict({k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(name + "/")})
+            prefix = name + "/"
+            module.load_state_dict({k.removeprefix(prefix): v
+                                    for k, v in tensors.items() if k.startswith(prefix)})
     state = {}
     for key, value in tensors.items():
         if key.startswith("optimizer/"):
             _, i, entry = key.split("/")
             state.setdefault(int(i), {})[entry] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 class Log:
-    """log.jsonl: one flat object a line; on resume the lines after the saved state are taken back."""
+    """log.jsonl, one flat object a line, and the clock of the run.
 
-    def __init__(self, path, keep):
-        self.path, self.quiet, self.lines = path, dist_rank() > 0, keep
-        if not self.quiet:
-            lines = path.read_text().splitlines()[:keep] if path.exists() else []
+    On resume the lines after the saved state are dropped.
+    """
+
+    def __init__(self, path, progress):
+        self.path, self.lines = path, progress.log_lines
+        self.began = time.perf_counter() - progress.seconds
+        if dist_rank() == 0:
+            lines = path.read_text().splitlines() if path.exists() else []
+            lines = lines[:progress.log_lines]
             data.write_text(path, "".join(f"{line}\n" for line in lines))
             self.lines = len(lines)
 
+    def seconds(self):
+        """Seconds of training so far, over all starts."""
+        return time.perf_counter() - self.began
+
     def __call__(self, **entry):
-        if not self.quiet:
+        if dist_rank() == 0:
             with open(self.path, "a") as f:
                 f.write(json.dumps(entry) + "\n")
             self.lines += 1
 
 
-# ---------------------------------------------------------------- the run
-
-def optimizer_for(fusion, contrast, args, rate=None):
-    """AdamW: the projector and the rest at their own rates (or all at one), weight decay on matrices alone."""
-    groups = {}
-    for name, p in [*fusion.named_parameters(), *contrast.named_parameters(prefix="projector.contrast")]:
-        lr = rate or (args.lr if name.startswith("projector") else args.lr_adapter)
-        matrix = p.ndim >= 2 and not name.endswith(("position", "constant"))
-        groups.setdefault((lr, args.weight_decay if matrix else 0.0), []).append(p)
-    return torch.optim.AdamW([{"params": ps, "lr": lr, "peak": lr, "weight_decay": wd}
-                              for (lr, wd), ps in groups.items()], fused=args.device.startswith("cuda") or None)
-
-
-def cosine(step, steps, warmup):
-    """Share of the peak rate: linear warm-up, then half a cosine to 0."""
-    first = max(1, round(warmup * steps))
-    return (step + 1) / first if step < first else 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, steps - first)))
-
-
-def validate(backbone, fusion, split, frames, args, beside, reranker=None):
-    """Greedy captions of the validation split, scored: {"val_...": value}, flat.
-
-    reranker: (clips' CLAP embeddings, encoder); then "val_reranked" and "val_oracle" tell what a choice among the
-    greedy caption and five samples is worth by the selection metric, with equal weights: none are fitted here.
-    """
-    start = time.perf_counter()
-    fusion.eval()
-    found = evaluate.decode(backbone, fusion, frames, text=evaluate.prompts(split, vars(args)),
-                            samples=5 if reranker else 0, beside=beside, progress="validation")
-    fusion.train()
-    items = evaluate.chosen(found, split.clips, [0] * len(found))
-    more = {}
-    if reranker:
-        evaluate.judge(found, *reranker)
-        values = evaluate.candidate_values(found, split.clips)
-        picked = [v[evaluate.weigh(k, [1 / 3] * 3).argmax()] for k, v in zip(found, values)]
-        more = {"val_reranked": float(sum(picked)) / len(found),
-                "val_oracle": float(sum(v.max() for v in values)) / len(found)}
-    words = [i["prediction"].split() for i in items]
-    grams = [[tuple(w[i:i + 4]) for i in range(len(w) - 3)] for w in words]
-    return {**{f"val_{m}": v for m, v in evaluate.score(items, quick=True)["corpus"].items()}, **more,
-            "val_n": len(items), "val_words": sum(map(len, words)) / len(words),
-            "val_repetition": sum(len(g) - len(set(g)) for g in grams) / max(1, sum(map(len, grams))),
-            "val_not_ended": sum(not k[0]["ended"] for k in found) / len(found),
-            "val_seconds": time.perf_counter() - start, "example": items[0]["prediction"]}
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-        if args.device.startswith("cuda"):
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-    rank, world = dist_rank(), dist_world()
-    if args.micro_batch % world:
-        raise InputError(f"--micro-batch {args.micro_batch} must be a multiple of the {world} processes")
-    out, metric = Path(args.out), f"val_{evaluate.selection_metric()}"
-
-    # data first: a wrong folder should not wait for a 7B model
-    train_split = data.read_split(args.dataset, args.data, "train")
-    val_split = data.read_split(args.dataset, args.data, "val")
-    if train_split.clips[0].question:
-        metric = "val_accuracy"
-        if args.scst != "off":
-            raise InputError(f"{args.data}: has questions, and self-critical training is for captions: --scst off")
-    if check_folder(args):
-        return
-    encoder = evaluate.load_encoder(args.encoder, args.modality, args.device)
-    train_features = data.load_features(train_split, encoder, args.cache, args.modality)
-    val_features = data.load_features(val_split, encoder, args.cache, args.modality)
-    beside = [(frozen, *(data.load_features(s, evaluate.load_encoder(other["encoder"], other["modality"], args.device),
-                                            args.cache, other["modality"]) for s in (train_split, val_split)))
-              for other, frozen in evaluate.open_beside(vars(args), args.device)]
-    clips = train_split.clips[:args.limit or None]
-    if rank == 0:
-        for s in (train_split, val_split):
-            print(f"{s.name}: {len(s.clips)} clips, {len(s.missing)} missing, {len(s.bad)} unreadable")
-
-    def frames(features, which):
-        return [features[features.index[c.id]] for c in which]
-
-    val_frames = frames(val_features, val_split.clips)
-    val_beside = [(f, frames(features, val_split.clips)) for f, _, features in beside]
-
-    # the model
-    backbone = evaluate.load_backbone(args.llava, args.device)
-    decoder, lm_head = backbone.decoder, backbone.llava.lm_head
-    torch.manual_seed(args.seed)
-    fusion = fusions.build(args.fusion, decoder, encoder_width=encoder.width, layers=args.layers, tokens=args.tokens,
-                           hidden=args.hidden, gate_init=args.gate_init, modality=args.modality)
-    if args.init:
-        start_from = fusions.load(args.init, decoder)
-        fusion.load_state_dict(start_from.state_dict())
-    fusion = fusion.to(backbone.device)
-    contrast = ContrastiveHead(decoder.config.hidden_size, encoder.embed_dim).to(backbone.device)
-    modules = {"fusion": fusion, "contrast": contrast}
-    parameters = [p for m in modules.values() for p in m.parameters()]
-    lowest = min([args.layers[0], *(f.spec.layers[0] for f, *_ in beside), *map(int, getattr(fusion, "top", ()))])
-    with evaluate.attached(backbone, [(f, None) for f in (*(f for f, *_ in beside), fusion)], []):
-        trunk, head = fusions.split(decoder, lowest)  # unfreeze's own blocks belong in the head
-    asked = evaluate.prompts(train_split, vars(args))[:len(clips)]
-    prompts, (slots, *_) = zip(*(backbone.prompt(a, args.tokens if args.fusion == "concat" else 0) for a in asked))
-    prompt = os.path.commonprefix(prompts)  # where each clip has a question, only the words before it
-    slots = None if slots is None else torch.tensor(slots, device=backbone.device)
-    P = len(prompt)
-
-    # the folder is touched only now: whatever was wrong with the flags has been said
-    lock = alone_in(out)  # noqa: F841  held until this process ends
-    if world > 1:
-        dist.barrier()
-    if check_folder(args):  # by the process that was waited for
-        return
-    if rank == 0 and not (out / "config.json").exists():
-        write_json(out / "config.json", {**vars(args), "name": out.name, "git": git_commit(),
-                                         "versions": evaluate.versions()})
-
-    # training captions: their tokens, their trunk states, their CLAP embeddings
-    first = [0]
-    for c in clips:
-        first.append(first[-1] + len(c.references))
-    texts = [r for c in clips for r in c.references]
-    answers = [(ids[P:], backbone.caption_ids(a, r)) for c, a, ids in zip(clips, asked, prompts) for r in c.references]
-    trunk_states = TrunkStates(backbone, trunk, prompt, [question + answer for question, answer in answers],
-                               [len(question) for question, _ in answers], out / "state")
-    text_embeds = encoder.embed_text(texts) if args.contrastive else None
-    order = Order([len(c.references) for c in clips], args.seed)
-    eval_every = args.eval_every or max(1, len(clips) // args.batch_size)
-
-    # resume
-    state_file = out / "state" / "state.safetensors"
-    progress = {"stage": "xe", "step": 0, "best": None, "best_step": 0, "since_best": 0, "seconds": 0.0,
-                "log_lines": 0, "validated": -1, "stable": False, "stages": {}}
-    if state_file.exists():
-        progress = read_progress(state_file)
-    elif (out / "training.json").exists():  # XE has finished; --scst now goes on from there
-        progress.update(stages=json.loads((out / "training.json").read_text())["stages"], stable=True,
-                        log_lines=len((out / "log.jsonl").read_text().splitlines()))
-        progress["seconds"] = progress["stages"]["xe"]["seconds"]
-    optimizer = optimizer_for(fusion, contrast, args, args.scst_lr if progress["stage"] == "scst" else None)
-    if state_file.exists():
-        load_state(state_file, modules, optimizer)
-        if rank == 0:
-            print(f"{out}: goes on at {progress['stage']} step {progress['step']}")
-
-    def end_stage(reason):
-        progress["stages"][progress["stage"]] = {
-            **{k: progress.get(k) for k in ("best", "best_step", "seconds", "scores")}, "steps": progress["step"],
-            "reason": reason}
-
-    def begin_scst():
-        """From the best XE checkpoint, with a new optimizer."""
-        if world > 1:
-            dist.barrier()  # process 0 may still be writing it
-        fusion.load_state_dict(fusions.load(out, decoder).state_dict())
-        progress.update(stage="scst", step=0, validated=0, best=None, best_step=0, since_best=0, stable=True)
-        return optimizer_for(fusion, contrast, args, args.scst_lr)
-
-    if args.scst == "now" and progress["stage"] == "xe":
-        if not (out / "fusion.json").exists() or not (progress["stages"] or progress["best"]):
-            raise InputError(f"{out}: --scst now goes on from an XE checkpoint, and none has been saved there yet")
-        if not progress["stages"]:
-            end_stage("--scst now")
-        optimizer = begin_scst()
-        if rank == 0:
-            write_json(out / "config.json", {**json.loads((out / "config.json").read_text()),
-                                             **{k: v for k, v in vars(args).items() if k in OF_SCST}})
-    log = Log(out / "log.jsonl", progress["log_lines"])
-    began = time.perf_counter() - progress["seconds"]
-
-    def where(rows):
-        return None if slots is None else slots.expand(rows, -1)
-
-    def listening(which):
-        """Attached for these clips: the run's own branch, whose tokens it yields, and whatever is beside it."""
-        which = [clips[c] for c in which]
-        branches = [(f, features) for f, features, _ in beside] + [(fusion, train_features)]
-        return evaluate.attached(backbone, [(f, frames(x, which)) for f, x in branches], range(len(which)),
-                                 where(len(which)))
-
-    def xe_step(step):
-        """Gradients of one step of cross-entropy (+ contrastive); the terms as tensors, and the clips' numbers."""
-        batch = order.step(step, args.batch_size)
-        captions = [first[c] + r for c, r in batch]
-        total = sum(len(trunk_states.ids[j]) - trunk_states.asked[j] for j in captions)   # tokens in the global batch
-        batch = sorted(zip(captions, (c for c, _ in batch)), key=lambda b: len(trunk_states.ids[b[0]]))
-        micro, terms = args.micro_batch // world, {"xe": 0.0, "contrastive": 0.0}
-        parts = [batch[i:i + args.micro_batch] for i in range(0, args.batch_size, args.micro_batch)]
-        for part in parts:
-            mine = part[rank * micro:(rank + 1) * micro]
-            states, targets = trunk_states.batch([j for j, _ in mine])
-            with backbone.autocast(), listening([c for _, c in mine]) as tokens:
-                hidden = head(inputs_embeds=states, use_cache=False).last_hidden_state[:, P - 1:-1]
-                xe = caption_loss(lm_head(hidden), targets) / total
-            loss = xe + args.gate_l2 * fusion.gate_penalty() / len(parts) / world
-            if args.contrastive:
-                audio = gather_with_gradient(contrast.linear(tokens.float().mean(1)))
-                text = text_embeds[[j for j, _ in part]].to(backbone.device)
-                same = torch.tensor([c for _, c in part], device=backbone.device)
-                nce = info_nce(audio, text, contrast.log_temperature, same) / len(parts) / world
-                loss = loss + args.contrastive * nce
-                terms["contrastive"] = terms["contrastive"] + nce.detach()
-            loss.backward()
-            terms["xe"] = terms["xe"] + xe.detach()
-        return terms, [c for _, c in batch]
-
-    references = [[scst.words(r) for r in c.references] for c in clips]
-    reward = scst.CiderD(references, end=True)
-    longest = min(max(len(answer) for _, answer in answers), evaluate.MAX_NEW_TOKENS)  # what goes on has failed already
-
-    def scst_step(step):
-        """Gradients of one self-critical step of K samples a clip."""
-        batch = order.step(step, args.batch_size)
-        terms, K = {"reward": 0.0, "distinct": 0.0}, args.scst_samples
-        micro = args.micro_batch // world
-        parts = [batch[i:i + args.micro_batch] for i in range(0, args.batch_size, args.micro_batch)]
-        for k, part in enumerate(parts):
-            mine = [c for c, _ in part[rank * micro:(rank + 1) * micro]]
-            torch.manual_seed(((args.seed * 1_000_003 + step) * 1009 + k) * 97 + rank)
-            with torch.no_grad(), backbone.autocast(), listening(mine):
-                tree = scst.sample_tree(
-                    decoder, lm_head, torch.tensor([prompt] * len(mine), device=backbone.device), K,
-                    layer=lowest, eos=backbone.eos, limit=longest, temperature=args.scst_temperature,
-                    hears=lambda rows: setattr(fusion, "clip_of_row", rows))
-            samples = tree.samples()
-            texts, ended = [scst.words(backbone.text(s)) for s in samples], [s[-1] == backbone.eos for s in samples]
-            targets = [references[c] for c in mine for _ in range(K)]
-            r = reward.score_many(texts, targets, ended).float()
-            if args.reward == "spider_lite":
-                r = (r + torch.tensor([evaluate.spice_lite(t, ref) for t, ref in zip(texts, targets)])) / 2
-            r = r.view(len(mine), K).to(backbone.device)
-            with backbone.autocast(), listening(mine):
-                hidden = head(inputs_embeds=tree.states, position_ids=tree.position_ids,
-                              attention_mask=tree.attention_mask, use_cache=False).last_hidden_state
-                logprobs = tree.logprobs(hidden, lm_head, args.scst_temperature)
-            loss = scst.scst_loss(logprobs.view(len(mine), K, -1), tree.mask.view(len(mine), K, -1),
-                                  scst.leave_one_out(r)) / len(parts) / world
-            (loss + args.gate_l2 * fusion.gate_penalty() / len(parts) / world).backward()
-            terms["reward"] = terms["reward"] + r.mean() / len(parts) / world
-            terms["distinct"] += len(tree.token) / int(tree.mask.sum()) / len(parts) / world  # share of the tokens
-        return terms, [c for c, _ in batch]
-
-    def validated():
-        """Validation scores, from process 0."""
-        hears_alone = args.modality == "audio" and not val_beside
-        judges = (val_features.embeds, encoder) if progress["stable"] and hears_alone else None
-        box = [validate(backbone, fusion, val_split, val_frames, args, val_beside, judges) if rank == 0 else None]
-        if world > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
-
-    bar = tqdm(disable=rank > 0, unit="step", desc=args.out[-24:])
-    while True:
-        stage, step = progress["stage"], progress["step"]
-        last = args.steps if stage == "xe" else args.scst_steps
-        folder = out if stage == "xe" else out / "scst"
-        bar.total, bar.n = last, step
-        bar.set_postfix_str(stage)
-
-        # evaluate
-        if step and progress["validated"] != step and (step % eval_every == 0 or step == last):
-            scores = validated()
-            log(event="validation", stage=stage, step=step, seconds=time.perf_counter() - began, **scores)
-            fault = collapse(scores, progress["stages"]["xe"]["scores"]) if stage == "scst" else None
-
-            # save
-            if not fault and (progress["best"] is None or scores[metric] > progress["best"]):
-                progress.update(best=scores[metric], best_step=step, since_best=0, scores=scores)
-                if rank == 0:
-                    fusion.save(folder)
-            else:
-                progress["since_best"] += 1
-            progress.update(validated=step, seconds=time.perf_counter() - began, log_lines=log.lines)
-
-            # stop
-            reason = fault or ("plateau" if progress["since_best"] >= args.patience else
-                               "all steps done" if step == last else None)
-            if not progress["stable"] and (reason or progress["since_best"]):
-                progress["stable"] = True
-                if rank == 0:
-                    write_json(out / "stable.json", {"step": step, "best_step": progress["best_step"],
-                                                     metric: progress["best"]})
-            if reason:
-                end_stage(reason)
-                if stage == "scst" or args.scst == "off":
-                    break
-                optimizer = begin_scst()
-            if rank == 0:
-                save_state(state_file, modules, optimizer, progress)
-            if reason:
-                continue
-
-        # step
-        started = time.perf_counter()
-        terms, ids = (xe_step if stage == "xe" else scst_step)(step)
-        sum_over_ranks([p.grad for p in parameters if p.grad is not None])
-        totals = torch.stack([torch.as_tensor(v, device=backbone.device).float() for v in terms.values()])
-        sum_over_ranks([totals])
-        terms = dict(zip(terms, totals.tolist()))
-        norm = nn.utils.clip_grad_norm_(parameters, args.clip).item()
-        if not all(map(math.isfinite, [*terms.values(), norm])):
-            raise NotFinite(f"{out}: {stage} step {step}: not finite: "
-                            f"{', '.join(f'{k} {v}' for k, v in terms.items())}, gradient norm {norm}; clips "
-                            f"{' '.join(clips[c].id for c in ids[:64])}")
-        rate = cosine(step, last, args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        progress["step"] = step + 1
-        bar.update()
-
-        # log
-        if step % 10 == 0 or stage == "scst":
-            log(event="step", stage=stage, step=step, **terms, gradient_norm=norm, lr=optimizer.param_groups[0]["lr"],
-                **{f"gate_{l}": g for l, g in fusion.gates().items()},
-                clips_per_second=args.batch_size / (time.perf_counter() - started),
-                seconds=time.perf_counter() - began)
-
-    bar.close()
-    if rank == 0:
-        write_json(out / "training.json", {
-            "best": progress["stages"]["xe"]["scores"], "stages": progress["stages"],
-            "seconds": time.perf_counter() - began, "trainable_parameters": fusions.count_parameters(fusion)})
-        shutil.rmtree(out / "state", ignore_errors=True)
-        print(f"{out}: " + "; ".join(f"{s} {metric} {v['best'] if v['best'] is None else round(v['best'], 4)} at step "
-                                     f"{v['best_step']} ({v['reason']})" for s, v in progress["stages"].items()))
-    if world > 1:
-        dist.destroy_process_group()
-
+# ---------------------------------------------------------------- optimisation
 
 class NotFinite(RuntimeError):
     """Training broke down; the last good checkpoint is untouched."""
 
 
+def make_optimizer(model, args, stage):
+    """AdamW. XE: projector and adapters have their own rates; SCST: one rate."""
+    named = [*model.fusion.named_parameters(),
+             *model.contrast.named_parameters(prefix="projector.contrast")]
+    groups = {}
+    for name, parameter in named:
+        lr = args.lr if name.startswith("projector") else args.lr_adapter
+        if stage == "scst":
+            lr = args.scst_lr
+        matrix = parameter.ndim >= 2 and not name.endswith(("position", "constant"))
+        decay = args.weight_decay if matrix else 0.0
+        groups.setdefault((lr, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "lr": lr, "peak": lr, "weight_decay": decay}
+         for (lr, decay), parameters in groups.items()],
+        fused=args.device.startswith("cuda") or None)
+
+
+def cosine(step, steps, warmup):
+    """Fraction of the peak rate: linear warm-up, then half a cosine to 0."""
+    first = max(1, round(warmup * steps))
+    if step < first:
+        return (step + 1) / first
+    return 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, steps - first)))
+
+
+def optimizer_step(model, batches, loss_function, optimizer, rate, args):
+    """One step over the micro-batches: (terms of the loss, gradient norm).
+
+    loss_function(model, batch, args=args) -> (loss, {name: number}). rate: fraction
+    of each group's peak learning rate. Raises NotFinite, before any weight is
+    changed, if a term or the norm is not finite.
+    """
+    totals = {}
+    for batch in batches:
+        loss, terms = loss_function(model, batch, args=args)
+        loss.backward()
+        for name, value in terms.items():
+            totals[name] = totals.get(name, 0.0) + value
+    parameters = model.trainable()
+    sum_over_ranks([p.grad for p in parameters if p.grad is not None])
+    device = model.backbone.device
+    values = [torch.as_tensor(v, device=device).float() for v in totals.values()]
+    values = torch.stack(values)
+    sum_over_ranks([values])
+    terms = dict(zip(totals, values.tolist()))
+    norm = nn.utils.clip_grad_norm_(parameters, args.clip).item()
+    if not all(map(math.isfinite, [*terms.values(), norm])):
+        numbers = ", ".join(f"{name} {value}" for name, value in terms.items())
+        raise NotFinite(f"not finite: {numbers}, gradient norm {norm}")
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return terms, norm
+
+
+# ---------------------------------------------------------------- validation
+
+def validate(model, inputs, args, rerank):
+    """Greedy captions of the validation split, scored: {"val_...": value}, flat.
+
+    rerank: also "val_reranked" and "val_oracle", the selection metric of a choice
+    among the greedy caption and five samples, with equal weights: none are fitted.
+    """
+    start = time.perf_counter()
+    if dist_rank() > 0:
+        scores = None
+    else:
+        model.fusion.eval()
+        branches = inputs.branches([b.fusion for b in model.branches])
+        candidates = evaluate.decode(
+            model.backbone, branches, inputs.prompts, samples=5 if rerank else 0,
+            progress="validation")
+        model.fusion.train()
+        first = [clip_candidates[0] for clip_candidates in candidates]
+        items = evaluate.make_items(inputs.split.clips, first)
+        corpus = evaluate.score(items, quick=True)["corpus"]
+        scores = {f"val_{metric}": value for metric, value in corpus.items()}
+        if rerank:
+            scores |= evaluate.equal_weights_rerank(candidates, inputs)
+        scores["val_n"] = len(items)
+        for name, value in evaluate.caption_statistics(first).items():
+            scores[f"val_{name}"] = value
+        scores["val_seconds"] = time.perf_counter() - start
+        scores["example"] = items[0]["prediction"]
+    if dist_world() > 1:
+        box = [scores]
+        dist.broadcast_object_list(box)
+        scores = box[0]
+    return scores
+
+
 def collapse(scores, xe):
-    """Why SCST should stop, or None: captions that grow or shrink, repeat, do not end, or lose on validation."""
+    """Why SCST should stop, or None. xe: validation scores before SCST.
+
+    Captions that grow or shrink, repeat, do not end, or lose on validation.
+    """
     if not 0.6 <= scores["val_words"] / max(1e-9, xe["val_words"]) <= 1.6:
-        return f"collapse: {scores['val_words']:.1f} words a caption, after XE {xe['val_words']:.1f}"
+        return (f"collapse: {scores['val_words']:.1f} words a caption, "
+                f"after XE {xe['val_words']:.1f}")
     if scores["val_repetition"] > xe["val_repetition"] + 0.05:
         return f"collapse: {scores['val_repetition']:.0%} of 4-grams repeat"
     if scores["val_not_ended"] > xe["val_not_ended"] + 0.1:
@@ -677,6 +775,242 @@ def collapse(scores, xe):
     if scores[metric] < 0.8 * xe[metric]:
         return f"collapse: {metric} {scores[metric]:.3f}, after XE {xe[metric]:.3f}"
     return None
+
+
+# ---------------------------------------------------------------- the loop
+
+def train_stage(model, captions, val_inputs, optimizer, progress, log, loss_function,
+                args):
+    """Train one stage, XE or SCST, to its end; the best checkpoint is kept."""
+    stage, out = progress.stage, Path(args.out)
+    if stage == "xe":
+        steps, folder, batches = args.steps, out, captions.xe_batches
+    else:
+        steps, folder, batches = args.scst_steps, out / "scst", captions.scst_batches
+    clips = len(captions.order.references)
+    eval_every = args.eval_every or max(1, clips // args.batch_size)
+    metric = selection_metric(val_inputs)
+    bar = tqdm(disable=dist_rank() > 0, unit="step", desc=args.out[-24:], total=steps,
+               initial=progress.step, postfix=stage)
+    while True:
+        step = progress.step
+
+        # evaluate
+        due = step > 0 and (step % eval_every == 0 or step == steps)
+        if due and progress.validated != step:
+            rerank = progress.stable and args.modality == "audio" and not args.beside
+            scores = validate(model, val_inputs, args, rerank)
+            log(event="validation", stage=stage, step=step, seconds=log.seconds(),
+                **scores)
+            failure = None
+            if stage == "scst":
+                failure = collapse(scores, progress.stages["xe"]["scores"])
+
+            # save
+            better = progress.best is None or scores[metric] > progress.best
+            if better and not failure:
+                progress.best, progress.best_step = scores[metric], step
+                progress.since_best, progress.scores = 0, scores
+                if dist_rank() == 0:
+                    model.fusion.save(folder)
+            else:
+                progress.since_best += 1
+            progress.validated, progress.seconds = step, log.seconds()
+            progress.log_lines = log.lines
+
+            # stop
+            reason = failure
+            if not reason and progress.since_best >= args.patience:
+                reason = "plateau"
+            elif not reason and step == steps:
+                reason = "all steps done"
+            if not progress.stable and (reason or progress.since_best):
+                progress.stable = True
+                if dist_rank() == 0:
+                    write_json(out / "stable.json", {
+                        "step": step, "best_step": progress.best_step,
+                        metric: progress.best})
+            if reason:
+                progress.end_stage(reason)
+                bar.close()
+                return
+            save_run_state(model, optimizer, progress, args)
+
+        # step
+        started = time.perf_counter()
+        rate = cosine(step, steps, args.warmup)
+        try:
+            terms, norm = optimizer_step(model, batches(step, args), loss_function,
+                                         optimizer, rate, args)
+        except NotFinite as e:
+            ids = captions.clip_ids(step, args.batch_size)
+            raise NotFinite(f"{out}: {stage} step {step}: {e}; clips {ids}") from None
+        progress.step = step + 1
+        bar.update()
+
+        # log
+        if step % 10 == 0 or stage == "scst":
+            gates = {f"gate_{l}": g for l, g in model.fusion.gates().items()}
+            seconds = time.perf_counter() - started
+            log(event="step", stage=stage, step=step, **terms, gradient_norm=norm,
+                lr=optimizer.param_groups[0]["lr"], **gates,
+                clips_per_second=args.batch_size / seconds, seconds=log.seconds())
+
+
+def selection_metric(inputs):
+    """Validation score by which checkpoints are chosen; accuracy for questions."""
+    if inputs.split.clips[0].question:
+        return "val_accuracy"
+    return f"val_{evaluate.selection_metric()}"
+
+
+def save_run_state(model, optimizer, progress, args):
+    if dist_rank() == 0:
+        modules = {"fusion": model.fusion, "contrast": model.contrast}
+        state = Path(args.out) / "state" / "state.safetensors"
+        save_state(state, modules, optimizer, progress)
+
+
+def begin_scst(model, progress, args):
+    """Go to SCST from the best XE checkpoint, with a new optimizer."""
+    barrier()  # process 0 may still be writing it
+    best = fusions.load(args.out, model.backbone.decoder)
+    model.fusion.load_state_dict(best.state_dict())
+    progress.stage, progress.step, progress.validated = "scst", 0, 0
+    progress.best, progress.best_step, progress.since_best = None, 0, 0
+    progress.stable = True
+    return make_optimizer(model, args, "scst")
+
+
+# ---------------------------------------------------------------- main
+
+def read_data(args):
+    """Training and validation inputs, and the finished run of --beside or None."""
+    beside = evaluate.open_beside(vars(args), args.device)
+    inputs = [evaluate.load_inputs(vars(args), split, args.device, beside)
+              for split in ("train", "val")]
+    for one in inputs:
+        split = one.split
+        if dist_rank() == 0:
+            print(f"{split.name}: {len(split.clips)} clips, {len(split.missing)} "
+                  f"missing, {len(split.bad)} unreadable")
+    return *inputs, beside
+
+
+def build_model(inputs, clips, beside, args):
+    """The Model, and the token ids of each clip's prompt."""
+    backbone = data.load_backbone(args.llava, args.device)
+    decoder, encoder = backbone.decoder, inputs.encoders[args.modality]
+    torch.manual_seed(args.seed)
+    fusion = fusions.build(
+        args.fusion, decoder, encoder_width=encoder.width, layers=args.layers,
+        tokens=args.tokens, hidden=args.hidden, gate_init=args.gate_init,
+        modality=args.modality)
+    if args.init:
+        fusion.load_state_dict(fusions.load(args.init, decoder).state_dict())
+    fusion = fusion.to(backbone.device)
+    contrast = ContrastiveHead(decoder.config.hidden_size, encoder.embed_dim)
+    contrast = contrast.to(backbone.device)
+
+    attached = [fusion] if beside is None else [beside.fusion, fusion]
+    changed = [layer for f in attached for layer in f.spec.layers]
+    changed += map(int, getattr(fusion, "top", ()))  # unfreeze's own blocks
+    split_layer = min(changed)
+    empty = [fusions.Branch(f) for f in attached]
+    with fusions.attach_branches(decoder, empty, []):  # with unfreeze's blocks
+        trunk, head = fusions.split(decoder, split_layer)
+
+    placeholders = args.tokens if args.fusion == "concat" else 0
+    encoded = [backbone.prompt(text, placeholders) for text in inputs.prompts[:len(clips)]]
+    prompts, positions = zip(*encoded)
+    shared = os.path.commonprefix(prompts)  # all of it, but where clips have questions
+    slots = positions[0]
+    if slots is not None:
+        slots = torch.tensor(slots, device=backbone.device)
+    model = Model(backbone, fusion, contrast, inputs.branches(attached), trunk, head,
+                  split_layer, shared, slots)
+    return model, prompts
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    start_processes(args)
+    out = Path(args.out)
+
+    # data first: a wrong folder should not wait for a 7B model
+    split = data.read_split(args.dataset, args.data, "train")
+    data.read_split(args.dataset, args.data, "val")
+    if split.clips[0].question and args.scst != "off":
+        raise InputError(f"{args.data}: has questions, and self-critical training is "
+                         "for captions: --scst off")
+    if is_finished(args):
+        return
+    inputs, val_inputs, beside = read_data(args)
+    clips = inputs.split.clips[:args.limit or None]
+    model, prompts = build_model(inputs, clips, beside, args)
+
+    # the folder is touched only now: all flags have been checked
+    lock = lock_folder(out)  # noqa: F841  held until this process ends
+    barrier()
+    if is_finished(args):  # by the process that was waited for
+        return
+    config = {**vars(args), "name": out.name, "git": git_commit(),
+              "versions": evaluate.versions()}
+    if dist_rank() == 0 and not (out / "config.json").exists():
+        write_json(out / "config.json", config)
+    captions = TrainingCaptions(model, clips, prompts, inputs.encoders[args.modality],
+                                args)
+
+    # resume
+    progress, saved = read_progress(out)
+    optimizer = make_optimizer(model, args, progress.stage)
+    if saved:
+        modules = {"fusion": model.fusion, "contrast": model.contrast}
+        load_state(out / "state" / "state.safetensors", modules, optimizer)
+        if dist_rank() == 0:
+            print(f"{out}: continues at {progress.stage} step {progress.step}")
+    begin_now = args.scst == "now" and progress.stage == "xe"
+    if begin_now:
+        checkpoint = (out / "fusion.json").exists()
+        if not checkpoint or not (progress.stages or progress.best):
+            raise InputError(f"{out}: --scst now continues from an XE checkpoint, and "
+                             "none has been saved there yet")
+        if not progress.stages:
+            progress.end_stage("--scst now")
+        if dist_rank() == 0:
+            old = json.loads((out / "config.json").read_text())
+            chosen = {key: config[key] for key in SCST_FLAGS}
+            write_json(out / "config.json", {**old, **chosen})
+
+    log = Log(out / "log.jsonl", progress)
+    if progress.stage == "xe" and not begin_now:
+        train_stage(model, captions, val_inputs, optimizer, progress, log, xe_loss, args)
+    if args.scst != "off":
+        if progress.stage == "xe":
+            optimizer = begin_scst(model, progress, args)
+            save_run_state(model, optimizer, progress, args)
+        reward = Reward(clips, args.reward)
+        train_stage(model, captions, val_inputs, optimizer, progress, log,
+                    partial(scst_loss, reward=reward), args)
+    finish(model, progress, log, selection_metric(val_inputs), out)
+
+
+def finish(model, progress, log, metric, out):
+    """Write training.json, which says that the run is finished."""
+    if dist_rank() == 0:
+        write_json(out / "training.json", {
+            "best": progress.stages["xe"]["scores"], "stages": progress.stages,
+            "seconds": log.seconds(),
+            "trainable_parameters": fusions.count_parameters(model.fusion)})
+        shutil.rmtree(out / "state", ignore_errors=True)
+        lines = []
+        for stage, end in progress.stages.items():
+            best = end["best"] if end["best"] is None else round(end["best"], 4)
+            lines.append(f"{stage} {metric} {best} at step {end['best_step']} "
+                         f"({end['reason']})")
+        print(f"{out}: " + "; ".join(lines))
+    if dist_world() > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

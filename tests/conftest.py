@@ -75,14 +75,13 @@ def shared():
 def prompted(world):
     """prompted(kind, rows): (backbone, a small fusion with its gates open, prompt ids (rows, P), slots or None)."""
     def build(kind, rows):
-        import evaluate
         import fusion as fusions
         import torch
-        backbone = evaluate.load_backbone(str(world / "models/llava"), "cpu")
+        backbone = data.load_backbone(str(world / "models/llava"), "cpu")
         torch.manual_seed(0)
         fusion = fusions.build(kind, backbone.decoder, encoder_width=8, layers=[3, 6], tokens=4, hidden=16)
         if fusion.has_gate:
             fusion.set_gates(0.3)
-        ids, slots = backbone.prompt(evaluate.SOUND_PROMPT, 4 * (kind == "concat"))
+        ids, slots = backbone.prompt(data.SOUND_PROMPT, 4 * (kind == "concat"))
         return backbone, fusion, torch.tensor([ids] * rows), slots and torch.tensor([slots] * rows)
     return build

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import data  # first: it makes torchaudio importable beside a CPU-only torch
 import av
+import fusion
 import numpy as np
 import pytest
 import torch
@@ -512,7 +513,7 @@ def test_clips_that_one_of_two_encoders_cannot_take(tmp_path, timesformer_folder
 
 
 def test_padding():
-    frames, mask = data.pad_frames([torch.ones(2, 3), torch.ones(4, 3)])
+    frames, mask = fusion.pad_frames([torch.ones(2, 3), torch.ones(4, 3)])
     assert frames.shape == (2, 4, 3) and mask.tolist() == [[True, True, False, False], [True] * 4]
     assert frames.sum() == 18 and mask.dtype == torch.bool
 

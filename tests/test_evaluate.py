@@ -12,6 +12,7 @@ import bootstrap
 import data
 import evaluate
 import fusion as fusions
+from fusion import Branch
 
 
 def item(prediction, references, id="x"):
@@ -135,9 +136,12 @@ def test_no_java_is_one_line(tmp_path):
 
 # ---------------------------------------------------------------- decoding
 
+PROMPT = data.SOUND_PROMPT
+
+
 @pytest.fixture(scope="module")
 def listener(world):
-    backbone = evaluate.load_backbone(str(world / "models/llava"), "cpu")
+    backbone = data.load_backbone(str(world / "models/llava"), "cpu")
     torch.manual_seed(3)
     fusion = fusions.build("additive", backbone.decoder, encoder_width=64, layers=[3, 6], tokens=8, gate_init=0.3)
     frames = [torch.randn(4 + 3 * k, 64) for k in range(5)]
@@ -147,27 +151,27 @@ def listener(world):
 @pytest.mark.parametrize("how", [dict(beams=1), dict(beams=4)])
 def test_one_by_one_equals_batched(listener, how):
     backbone, fusion, frames = listener
-    together = evaluate.decode(backbone, fusion, frames, text="Describe the sound.", batch_size=5, **how)
-    apart = evaluate.decode(backbone, fusion, frames, text="Describe the sound.", batch_size=1, **how)
+    together = evaluate.decode(backbone, [Branch(fusion, frames)], [PROMPT] * 5, batch_size=5, **how)
+    apart = evaluate.decode(backbone, [Branch(fusion, frames)], [PROMPT] * 5, batch_size=1, **how)
     assert [c[0]["text"] for c in together] == [c[0]["text"] for c in apart]
     assert [c[0]["logprob"] for c in together] == pytest.approx([c[0]["logprob"] for c in apart], abs=1e-4)
 
 
-def test_each_clip_may_be_asked_something_else(listener):
+def test_each_clip_may_have_another_prompt(listener):
     backbone, fusion, frames = listener
-    asked = ["Describe the sound.", "What is heard?", "Describe the sound.", "Is there a dog in it, or a bird?", "Where?"]
-    together = evaluate.decode(backbone, fusion, frames, text=asked, beams=2)
-    apart = [evaluate.decode(backbone, fusion, [f], text=a, beams=2)[0] for f, a in zip(frames, asked)]
+    prompts = [PROMPT, "What is heard?", PROMPT, "Is there a dog in it, or a bird?", "Where?"]
+    together = evaluate.decode(backbone, [Branch(fusion, frames)], prompts, beams=2)
+    apart = [evaluate.decode(backbone, [Branch(fusion, [f])], [p], beams=2)[0] for f, p in zip(frames, prompts)]
     assert [[c["text"] for c in k] for k in together] == [[c["text"] for c in k] for k in apart]
 
 
 def test_candidates(listener):
     backbone, fusion, frames = listener
-    how = dict(text="Describe the sound.", beams=3, samples=4, seed=0)
+    branches, how = [Branch(fusion, frames)], dict(beams=3, samples=4, seed=0)
     state = torch.random.get_rng_state()
-    found = evaluate.decode(backbone, fusion, frames, **how)
+    found = evaluate.decode(backbone, branches, [PROMPT] * 5, **how)
     assert torch.equal(state, torch.random.get_rng_state())  # sampling leaves the caller's generator alone
-    assert found == evaluate.decode(backbone, fusion, frames, **how)
+    assert found == evaluate.decode(backbone, branches, [PROMPT] * 5, **how)
     for candidates in found:
         assert candidates[0]["source"] == "beam" and len({c["text"] for c in candidates}) == len(candidates)
         assert all(c["logprob"] < 0 for c in candidates)
@@ -211,25 +215,25 @@ def candidates(*rows):
     return [dict(zip(("text", "logprob", "clap", "clap_other", "consensus"), row)) for row in rows]
 
 
-def test_weigh_standardises_within_a_clip():
+def test_criteria_are_standardised_within_a_clip():
     found = candidates(("a", -2.0, 0.1, 0.3, 5.0), ("b", -1.0, 0.3, 0.1, 1.0), ("c", -3.0, 0.2, 0.2, 3.0))
     by_hand = [(x - np.mean(xs)) / np.std(xs) for xs in ([-2.0, -1, -3],) for x in xs]
-    assert evaluate.weigh(found, [1, 0, 0]) == pytest.approx(by_hand)
+    assert evaluate.rerank_scores(found, [1, 0, 0]) == pytest.approx(by_hand)
     moved = [{**c, "logprob": 7 * c["logprob"] - 3} for c in found]          # units do not matter
-    assert evaluate.weigh(moved, [0.5, 0.3, 0.2]) == pytest.approx(evaluate.weigh(found, [0.5, 0.3, 0.2]))
-    assert evaluate.weigh(found, [0, 1, 0]).argmax() == 1
-    assert evaluate.weigh(found, [0, 1, 0], clap="clap_other").argmax() == 0
-    assert evaluate.weigh(found[:1], [1, 1, 1]).tolist() == [0]               # alone, or all alike: no preference
-    assert evaluate.weigh([found[0]] * 3, [1, 1, 1]) == pytest.approx(0, abs=1e-9)
+    assert evaluate.rerank_scores(moved, [0.5, 0.3, 0.2]) == pytest.approx(evaluate.rerank_scores(found, [0.5, 0.3, 0.2]))
+    assert evaluate.rerank_scores(found, [0, 1, 0]).argmax() == 1
+    assert evaluate.rerank_scores(found, [0, 1, 0], clap="clap_other").argmax() == 0
+    assert evaluate.rerank_scores(found[:1], [1, 1, 1]).tolist() == [0]               # alone, or all alike: no preference
+    assert evaluate.rerank_scores([found[0]] * 3, [1, 1, 1]) == pytest.approx(0, abs=1e-9)
 
 
-def test_find_weights_finds_the_criterion_that_tells():
+def test_fit_weights_finds_the_criterion_that_predicts():
     rng, found, values = np.random.default_rng(0), [], []
     for _ in range(60):
         x = rng.normal(size=(6, 3))
         found.append(candidates(*[("t", *row[:2], 0, row[2]) for row in x]))
         values.append(x[:, 1])
-    assert evaluate.find_weights(found, values) == [0, 1, 0]
+    assert evaluate.fit_weights(found, values) == [0, 1, 0]
     assert len({tuple(w) for w in evaluate.GRID}) == len(evaluate.GRID) == 21
     assert evaluate.GRID.sum(1) == pytest.approx(1)
 
@@ -241,9 +245,9 @@ class Listener:
         return torch.stack([torch.tensor([1.0, 0.0] if "dog" in t else [0.0, 1.0]) for t in texts])
 
 
-def test_judge_by_hand():
+def test_criteria_by_hand():
     found = [candidates(("a dog barks",), ("a dog barks loudly",), ("rain",)), candidates(("",))]
-    evaluate.judge(found, torch.tensor([[1.0, 0.0], [0.6, 0.8]]), Listener())
+    evaluate.add_criteria(found, torch.tensor([[1.0, 0.0], [0.6, 0.8]]), Listener())
     assert [c["clap"] for c in found[0]] == [1, 1, 0] and found[1][0]["clap"] == pytest.approx(0.8)
     assert [round(c["clap_other"], 3) for c in found[0]] == [0.6, 0.6, 0.8]   # those of the clip before it
     agreement = evaluate.scst.CiderD([["a dog barks", "a dog barks loudly", "rain"], [""]])
@@ -252,12 +256,12 @@ def test_judge_by_hand():
     assert found[0][2]["consensus"] == 0 == found[1][0]["consensus"]
 
 
-def test_candidate_values_are_the_scores_of_the_captions():
+def test_selection_values_are_the_scores_of_the_captions():
     clips = [data.Clip("a", None, ["a dog barks loudly", "a dog is barking"]), data.Clip("b", None, ["rain falls"])]
     found = [candidates(("a dog barks",), ("rain",)), candidates(("rain falls",))]
-    values = evaluate.candidate_values(found, clips)
+    values = evaluate.selection_values(found, clips)
     for pick in ([0, 0], [1, 0]):
-        scored = evaluate.score(evaluate.chosen(found, clips, pick), quick=True)
+        scored = evaluate.score(evaluate.make_items(clips, [k[p] for k, p in zip(found, pick)]), quick=True)
         assert [v[p] for v, p in zip(values, pick)] == [i["scores"]["spider_lite"] for i in scored["items"]]
     pick, more = evaluate.rerank([[{**c, "logprob": 0, "clap": j, "clap_other": -j, "consensus": 0}
                                    for j, c in enumerate(k)] for k in found], clips, [0, 1, 0])
@@ -317,32 +321,35 @@ def pair(listener, world):
                          modality="video").eval()
     questions, _ = data.read_qa(world / "data/qa/test.json", limit=16)
     probe = evaluate.Probe(backbone, questions, 6)
-    return probe, probe.run(), (hears, [torch.randn(9, 64) for _ in range(16)]), (sees, [torch.randn(5, 48)] * 16)
+    audio, video = [torch.randn(9, 64) for _ in range(16)], [torch.randn(5, 48)] * 16
+    return probe, probe.run(), Branch(hears, audio), Branch(sees, video)
 
 
 def test_closed_gates_and_absent_clips_answer_as_the_backbone(pair):
     """In text and likelihood, exactly, for one branch and for two."""
-    probe, untouched, (hears, clips), (sees, videos) = pair
-    both = [(hears, clips), (sees, videos)]
-    assert probe.run([(hears, None)]) == untouched == probe.run([(hears, None), (sees, None)])
+    probe, untouched, *both = pair
+    no_clip = [Branch(b.fusion) for b in both]
+    assert probe.run(no_clip[:1]) == untouched == probe.run(no_clip)
     assert probe.run(both) != untouched
-    for fusion, _ in both:
-        fusion.set_gates(0.0)
+    for branch in both:
+        branch.fusion.set_gates(0.0)
     assert probe.run(both[:1]) == untouched == probe.run(both)
-    for fusion, _ in both:
-        fusion.set_gates(0.3)
+    for branch in both:
+        branch.fusion.set_gates(0.3)
     assert probe.run() == untouched
 
 
 def test_two_branches_are_one_model(pair, listener):
     """Whoever comes first; and a branch that is given no clip is as good as none, in answers and in captions."""
-    probe, _, hears, sees = pair
-    assert probe.run([hears, sees]) == probe.run([sees, hears])
-    assert probe.run([hears, (sees[0], None)]) == probe.run([hears]) != probe.run([hears, sees])
-    (backbone, fusion, frames), how = listener, dict(text="Describe the sound.", beams=3)
-    alone = evaluate.decode(backbone, fusion, frames, **how)
-    assert alone == evaluate.decode(backbone, fusion, frames, beside=[(sees[0], None)], **how)
-    assert alone != evaluate.decode(backbone, fusion, frames, beside=[sees], **how)
+    probe, _, audio, video = pair
+    no_video = Branch(video.fusion)
+    assert probe.run([audio, video]) == probe.run([video, audio])
+    assert probe.run([audio, no_video]) == probe.run([audio]) != probe.run([audio, video])
+    backbone, fusion, frames = listener
+
+    def caption(*beside):
+        return evaluate.decode(backbone, [*beside, Branch(fusion, frames)], [PROMPT] * 5, beams=3)
+    assert caption() == caption(no_video) != caption(video)
 
 
 def test_wider_gates_distract_more(pair):
@@ -350,14 +357,14 @@ def test_wider_gates_distract_more(pair):
     for branches in (both[:1], both):
         nll, agreement = [], []
         for gate in (0.01, 10.0):
-            for fusion, _ in both:
-                fusion.set_gates(gate)
+            for branch in both:
+                branch.fusion.set_gates(gate)
             given = probe.run(branches)
             nll.append(np.mean([g["nll"] for g in given]))
             agreement.append(np.mean([g["answer"] == u["answer"] for g, u in zip(given, untouched)]))
         assert nll[1] > nll[0] and agreement[1] < agreement[0]
-    for fusion, _ in both:
-        fusion.set_gates(0.3)
+    for branch in both:
+        branch.fusion.set_gates(0.3)
 
 
 def test_intervals():
@@ -374,9 +381,9 @@ def test_intervals():
 
 @pytest.mark.parametrize("modality, model", [("audio", "clap"), ("video", "timesformer")])
 def test_silence_and_noise(world, modality, model):
-    encoder = evaluate.load_encoder(str(world / "models" / model), modality, "cpu")
-    (silence,), noise = evaluate.meaningless(encoder, seed=0)
-    again = evaluate.meaningless(encoder, seed=0)[1]
+    encoder = data.load_encoder(str(world / "models" / model), modality, "cpu")
+    (silence,), noise = evaluate.silence_and_noise(encoder, seed=0)
+    again = evaluate.silence_and_noise(encoder, seed=0)[1]
     assert len(noise) == 16 and silence.shape == noise[0].shape and silence.shape[1] == encoder.width
     assert silence.isfinite().all() and not torch.equal(silence, noise[0]) and not torch.equal(noise[0], noise[1])
     assert all(torch.equal(a, b) for a, b in zip(noise, again))
@@ -438,10 +445,10 @@ def test_seconds_to_ninety_percent():
     lines = [{"event": "step", "stage": "xe", "seconds": 1}] + [
         {"event": "validation", "stage": stage, "seconds": seconds, key: value} for stage, seconds, value in (
             ("xe", 10, 0.2), ("xe", 20, 0.45), ("xe", 30, 0.5), ("xe", 40, 0.4), ("scst", 50, 0.44), ("scst", 60, 0.6))]
-    assert evaluate.seconds_to_share(lines) == 20  # 0.45 is 90% of the checkpoint kept, not of the last
-    assert evaluate.seconds_to_share(lines, share=1.0) == 30 and evaluate.seconds_to_share(lines, share=0.0) == 10
-    assert evaluate.seconds_to_share(lines, "scst") == 60 and evaluate.seconds_to_share(lines, "scst", 0.7) == 20
-    assert evaluate.seconds_to_share(lines[:1]) is None is evaluate.seconds_to_share(lines[:5], "scst")
+    assert evaluate.seconds_to_fraction(lines) == 20  # 0.45 is 90% of the checkpoint kept, not of the last
+    assert evaluate.seconds_to_fraction(lines, fraction=1.0) == 30 and evaluate.seconds_to_fraction(lines, fraction=0.0) == 10
+    assert evaluate.seconds_to_fraction(lines, "scst") == 60 and evaluate.seconds_to_fraction(lines, "scst", 0.7) == 20
+    assert evaluate.seconds_to_fraction(lines[:1]) is None is evaluate.seconds_to_fraction(lines[:5], "scst")
 
 
 class Waves:

@@ -166,11 +166,11 @@ def test_each_row_hears_the_clip_it_is_given(llama, kind):
         with fusion.attach(decoder, frames[whose], mask[whose], slots[whose]):
             wanted = decoder(ids[whose]).last_hidden_state
         with fusion.attach(decoder, frames, mask, slots):
-            fusion.clip_of_row = whose
+            fusion.row_to_clip = whose
             assert torch.allclose(decoder(ids[whose]).last_hidden_state, wanted, atol=1e-5)
             with pytest.raises(FusionError, match="3 sequences for 3 clips"):
                 decoder(ids)
-    assert fusion.clip_of_row is None
+    assert fusion.row_to_clip is None
 
 
 def test_left_padding_changes_nothing(llama):

@@ -91,9 +91,8 @@ def test_samples_of_a_tree_are_samples_behind_their_own_prompt(prompted, kind):
     frames, found = torch.randn(2, 5, 8), []
     torch.manual_seed(3)
     with fusion.attach(decoder, frames, slots=slots):
-        tree = scst.sample_tree(decoder, lm_head, ids, K, layer=3, eos=backbone.eos, limit=7, temperature=0.2,
-                                hears=lambda rows: setattr(fusion, "clip_of_row", rows))
-    assert fusion.clip_of_row is None and tree.states.requires_grad is False
+        tree = scst.sample_tree(decoder, lm_head, ids, K, layer=3, eos=backbone.eos, limit=7, temperature=0.2, fusion=fusion)
+    assert fusion.row_to_clip is None and tree.states.requires_grad is False
     samples = tree.samples()
     assert tree.mask.sum() == sum(map(len, samples)) > len(tree.token) > len(set(map(tuple, samples)))  # some is shared
     rows = torch.tensor([[*ids[i // K].tolist(), *s, *[backbone.pad] * (7 - len(s))] for i, s in enumerate(samples)])
@@ -126,8 +125,7 @@ def test_a_tree_draws_independently(prompted):
     backbone, fusion, ids, _ = prompted("additive", 2)
     decoder, lm_head, K = backbone.decoder, backbone.llava.lm_head, 4000
     with torch.inference_mode(), fusion.attach(decoder, torch.randn(2, 5, 8)):
-        tree = scst.sample_tree(decoder, lm_head, ids, K, layer=3, eos=backbone.eos, limit=2, temperature=0.5,
-                                hears=lambda rows: setattr(fusion, "clip_of_row", rows))
+        tree = scst.sample_tree(decoder, lm_head, ids, K, layer=3, eos=backbone.eos, limit=2, temperature=0.5, fusion=fusion)
         for clip, logits in enumerate(lm_head(decoder(input_ids=ids).last_hidden_state[:, -1])):
             first = torch.tensor([s[0] for s in tree.samples()[clip * K:(clip + 1) * K]])
             chances = (logits / 0.5).softmax(-1)
@@ -150,8 +148,7 @@ def test_a_tree_draws_independently(prompted):
 def test_samples_stop_at_their_limit(prompted):
     backbone, fusion, ids, _ = prompted("additive", 2)
     with fusion.attach(backbone.decoder, torch.randn(2, 5, 8)):
-        tree = scst.sample_tree(backbone.decoder, backbone.llava.lm_head, ids, 3, layer=3, eos=backbone.eos, limit=2,
-                                hears=lambda rows: setattr(fusion, "clip_of_row", rows))
+        tree = scst.sample_tree(backbone.decoder, backbone.llava.lm_head, ids, 3, layer=3, eos=backbone.eos, limit=2, fusion=fusion)
     assert max(map(len, tree.samples())) == 2 and tree.path.shape == tree.mask.shape == (6, 2)
 
 
@@ -229,7 +226,7 @@ def test_questions_and_answers(world, tmp_path):
     run(world, out, *av)
     assert 0 <= log_of(out, "validation")[0]["val_accuracy"] <= 1
     # with gates that are closed at the start, the first loss is the backbone's own
-    clips, backbone = data.read_split("av", root, "train").clips, evaluate.load_backbone(str(world / "models/llava"), "cpu")
+    clips, backbone = data.read_split("av", root, "train").clips, data.load_backbone(str(world / "models/llava"), "cpu")
     nll = tokens = 0
     for c, _ in train.Order([1] * 16, 0).step(0, 8):
         prompt, _ = backbone.prompt(clips[c].question)
@@ -288,7 +285,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(world, f
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
     assert done.returncode == 2 and "Traceback" not in done.stderr and "start the same command again" in done.stderr
-    backbone = evaluate.load_backbone(str(world / "models/llava"), "cpu")
+    backbone = data.load_backbone(str(world / "models/llava"), "cpu")
     fusions.load(out, backbone.decoder)  # the last good one
     run(world, out, "--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-6")
     for name in ("fusion.safetensors", "scst/fusion.safetensors"):
