@@ -542,9 +542,10 @@ class Inputs:
         return [Branch(f, self.frames[f.spec.modality]) for f in fusions]
 
 
-def load_inputs(config, split_name, device, beside=None):
-    """Inputs of the clips of a split that all the encoders of a run can read."""
-    split = data.read_split(config["dataset"], config["data"], split_name)
+def load_inputs(config, split, device, beside=None):
+    """Inputs of the clips of a split, given or by name, that all of a run's encoders can read."""
+    if isinstance(split, str):
+        split = data.read_split(config["dataset"], config["data"], split)
     encoders, features = {}, {}
     for c in [config] if beside is None else [beside.config, config]:
         modality = c["modality"]

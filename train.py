@@ -14,13 +14,13 @@ import evaluate
 from data import InputError, write_json
 
 import argparse
+import itertools
 import json
 import math
 import os
 import shutil
 import subprocess
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,9 +40,8 @@ TRUNK_IN_MEMORY = 4 << 30  # bytes; larger trunk states go to a memory-mapped fi
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # the system
     p.add_argument("--fusion", default="additive", choices=list(fusions.SYSTEMS),
                    help="how the modality enters the decoder")
@@ -50,35 +49,27 @@ def parse_args(argv=None):
                    help="decoder layers that are fused, counted from 0")
     p.add_argument("--tokens", type=int, default=16, help="modality tokens a clip")
     p.add_argument("--hidden", type=int, default=768, help="inner width of the projector")
-    p.add_argument("--gate-init", type=float, default=0.05,
-                   help="initial value of additive's gates")
-    p.add_argument("--modality", default="audio", choices=["audio", "video"],
-                   help="what the encoder reads")
+    p.add_argument("--gate-init", type=float, default=0.05, help="initial gates of additive")
+    p.add_argument("--modality", default="audio", choices=["audio", "video"], help="of the encoder")
     # models and data
-    p.add_argument("--dataset", default="audiocaps",
-                   choices=["audiocaps", "clotho", "av"], help="layout of --data")
+    p.add_argument("--dataset", default="audiocaps", choices=["audiocaps", "clotho", "av"],
+                   help="layout of --data")
     p.add_argument("--data", required=True, help="folder of the dataset, as released")
     p.add_argument("--llava", default="llava-hf/llava-1.5-7b-hf",
                    help="frozen backbone: folder or hub name")
     p.add_argument("--encoder", default="laion/clap-htsat-unfused",
                    help="frozen encoder: folder or hub name")
-    p.add_argument("--init", default=None, metavar="RUN",
-                   help="start from the fusion of a finished run")
-    p.add_argument("--beside", default=None, metavar="RUN",
-                   help="attach the frozen fusion of a finished run of another modality")
-    p.add_argument("--limit", type=int, default=0,
-                   help="train on the first clips only, 0 = all")
+    p.add_argument("--init", metavar="RUN", help="start from the fusion of a finished run")
+    p.add_argument("--beside", metavar="RUN",
+                   help="attach the frozen fusion of a finished run of another modality too")
+    p.add_argument("--limit", type=int, default=0, help="train on the first clips only, 0 = all")
     # output
     p.add_argument("--out", required=True, help="the run's folder")
-    p.add_argument("--cache", default=None,
-                   help="encoder features; default: cache/ next to the run's folder")
+    p.add_argument("--cache", help="encoder features; default: cache/ next to the run's folder")
     # optimisation
-    p.add_argument("--steps", type=int, default=1000,
-                   help="maximum of XE steps, the length of the cosine")
-    p.add_argument("--batch-size", type=int, default=512,
-                   help="clips a step, over all processes")
-    p.add_argument("--micro-batch", type=int, default=32,
-                   help="clips in one pass, over all processes")
+    p.add_argument("--steps", type=int, default=1000, help="maximum of XE steps")
+    p.add_argument("--batch-size", type=int, default=512, help="clips a step, of all processes")
+    p.add_argument("--micro-batch", type=int, default=32, help="clips a pass, of all processes")
     p.add_argument("--lr", type=float, default=2e-4, help="peak rate of the projector")
     p.add_argument("--lr-adapter", type=float, default=1e-4,
                    help="peak rate of adapters, gates and unfrozen blocks")
@@ -87,38 +78,30 @@ def parse_args(argv=None):
     p.add_argument("--clip", type=float, default=1.0, help="maximum gradient norm")
     p.add_argument("--contrastive", type=float, default=0.0,
                    help="weight of the CLAP-contrastive term, 0 = off")
-    p.add_argument("--gate-l2", type=float, default=1e-4,
-                   help="weight of the squared gates")
+    p.add_argument("--gate-l2", type=float, default=1e-4, help="weight of the squared gates")
     # validation and SCST
-    p.add_argument("--eval-every", type=int, default=0,
-                   help="steps between validations, 0 = an epoch")
+    p.add_argument("--eval-every", type=int, default=0, help="steps, 0 = an epoch")
     p.add_argument("--patience", type=int, default=2,
                    help="validations without improvement before training stops")
     p.add_argument("--scst", default="off", choices=["off", "auto", "now"],
-                   help="self-critical training from the best XE checkpoint: "
-                        "at XE's plateau, or at once")
-    p.add_argument("--reward", default="cider_d", choices=["cider_d", "spider_lite"],
-                   help="SCST's reward: CIDEr-D, or its mean with spice_lite")
+                   help="self-critical training from the best XE checkpoint: at XE's plateau, "
+                        "or at once")
     p.add_argument("--scst-steps", type=int, default=500, help="maximum of SCST steps")
     p.add_argument("--scst-samples", type=int, default=5, help="K, samples a clip")
     p.add_argument("--scst-temperature", type=float, default=1.0,
-                   help="of the policy that is sampled and trained; "
-                        "below 1 it is closer to greedy decoding")
+                   help="of the policy that is sampled and trained")
     p.add_argument("--scst-lr", type=float, default=1e-5, help="peak rate of SCST")
     # the machine
-    p.add_argument("--seed", type=int, default=0,
-                   help="of initialisation, data order and samples")
+    p.add_argument("--seed", type=int, default=0, help="of initialisation, data order, samples")
     p.add_argument("--device", default=data.default_device(), help="cpu, cuda or cuda:1")
     args = p.parse_args(argv)
 
     args.layers = sorted(set(args.layers))
-    for flag in ("tokens", "hidden", "steps", "batch_size", "micro_batch", "patience",
-                 "scst_steps"):
+    for flag in "tokens hidden steps batch_size micro_batch patience scst_steps".split():
         if getattr(args, flag) < 1:
             p.error(f"--{flag.replace('_', '-')} must be at least 1")
     if args.scst != "off" and args.scst_samples < 2:
-        p.error("--scst-samples must be at least 2: a leave-one-out baseline needs "
-                "another sample")
+        p.error("--scst-samples must be at least 2: the baseline needs another sample")
     if args.contrastive and args.modality != "audio":
         p.error("--contrastive compares with CLAP's text side: it needs --modality audio")
     if args.beside and args.scst != "off":
@@ -137,22 +120,19 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------- losses
 
 def caption_loss(logits, targets):
-    """Summed cross-entropy of the caption tokens.
-
-    logits (B, T, V); targets (B, T), -100 where padded.
-    """
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(),
-                           ignore_index=-100, reduction="sum")
+    """Summed cross-entropy of logits (B, T, V) on targets (B, T), -100 where padded."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100,
+                           reduction="sum")
 
 
 def info_nce(audio, text, log_temperature, clip):
     """Symmetric InfoNCE of audio and text vectors, both (B, P). Radford et al. 2021.
 
-    clip (B,): the clip of each row. Two captions of one clip are no negatives of
-    each other: such pairs are left out of the denominator.
+    clip (B,): the clip of each row. Another caption of the same clip is no negative: such
+    pairs are left out of the denominator.
     """
     similarity = F.normalize(audio, dim=-1) @ F.normalize(text, dim=-1).T
-    logits = similarity / log_temperature.exp()                           # (B, B)
+    logits = similarity / log_temperature.exp()                               # (B, B)
     itself = torch.eye(len(clip), dtype=torch.bool, device=clip.device)
     same_clip = (clip[:, None] == clip[None]) & ~itself
     logits = logits.masked_fill(same_clip, float("-inf"))
@@ -186,34 +166,32 @@ class Model:
 
     def attach(self, clips):
         """Fuse these training clips into the decoder; yields {modality: tokens}."""
-        slots = self.slots
-        if slots is not None:
-            slots = slots.expand(len(clips), -1)                      # (B, N)
-        decoder = self.backbone.decoder
-        return fusions.attach_branches(decoder, self.branches, clips, slots)
+        slots = None if self.slots is None else self.slots.expand(len(clips), -1)
+        return fusions.attach_branches(self.backbone.decoder, self.branches, clips, slots)
 
-    def trainable(self):
-        return [*self.fusion.parameters(), *self.contrast.parameters()]
+    def modules(self):
+        return {"fusion": self.fusion, "contrast": self.contrast}
 
 
 @dataclass
 class CaptionBatch:
-    """One micro-batch of cross-entropy, as one process sees it."""
-    clips: list             # training clips, one a row
-    states: torch.Tensor    # (B, P + T, D), prompt and caption behind the trunk
-    targets: torch.Tensor   # (B, T), -100 where nothing is learned
-    tokens: int             # caption tokens of the whole step
-    parts: int              # micro-batches of a step times processes
+    """One process's share of a micro-batch of cross-entropy."""
+    clips: list                      # training clips, one a row
+    states: torch.Tensor             # (B, P + T, D), prompt and caption behind the trunk
+    targets: torch.Tensor            # (B, T), -100 where nothing is learned
+    tokens: int                      # caption tokens of the whole step
+    parts: int                       # micro-batches of a step times processes
     text: torch.Tensor | None        # CLAP's caption embeddings, of all processes
     text_clips: torch.Tensor | None  # the clip of each
 
 
 @dataclass
 class ClipBatch:
-    """One micro-batch of SCST, as one process sees it."""
+    """One process's share of a micro-batch of SCST."""
     clips: list
+    references: list  # of each clip, tokenised
     seed: int
-    limit: int              # tokens of a sample at most
+    limit: int        # tokens of a sample
     parts: int
 
 
@@ -223,79 +201,57 @@ def xe_loss(model, batch, args):
     loss = cross-entropy a caption token of the step
          + args.contrastive * InfoNCE(mean modality token, CLAP's caption embedding)
          + args.gate_l2 * sum of squared gates,
-    the last two divided by batch.parts: the losses of a step's micro-batches and
-    processes add up to the loss of the step. Only the layers above the trunk run.
+    the last two divided by batch.parts: the losses of a step's micro-batches and processes add
+    up to the loss of the step. Only the layers above the trunk run.
     """
     backbone, P = model.backbone, len(model.prompt)
     with backbone.autocast(), model.attach(batch.clips) as tokens:
         out = model.head(inputs_embeds=batch.states, use_cache=False)
-        hidden = out.last_hidden_state[:, P - 1:-1]                   # (B, T, D)
-        logits = backbone.llava.lm_head(hidden)                       # (B, T, V)
+        hidden = out.last_hidden_state[:, P - 1:-1]                           # (B, T, D)
+        logits = backbone.llava.lm_head(hidden)                               # (B, T, V)
         xe = caption_loss(logits, batch.targets) / batch.tokens
     loss = xe + args.gate_l2 * model.fusion.gate_penalty() / batch.parts
     terms = {"xe": xe.detach(), "contrastive": 0.0}
     if args.contrastive:
-        mean_token = tokens[args.modality].float().mean(1)            # (B, D)
+        mean_token = tokens[args.modality].float().mean(1)                    # (B, D)
         audio = gather_with_gradient(model.contrast.linear(mean_token))
-        nce = info_nce(audio, batch.text, model.contrast.log_temperature,
-                       batch.text_clips) / batch.parts
-        loss = loss + args.contrastive * nce
-        terms["contrastive"] = nce.detach()
+        nce = info_nce(audio, batch.text, model.contrast.log_temperature, batch.text_clips)
+        loss = loss + args.contrastive * (nce / batch.parts)
+        terms["contrastive"] = nce.detach() / batch.parts
     return loss, terms
-
-
-class Reward:
-    """CIDEr-D against a clip's training captions, or its mean with spice_lite.
-
-    Document frequencies come from the training captions.
-    """
-
-    def __init__(self, clips, name):
-        self.name = name
-        self.references = [[scst.words(r) for r in c.references] for c in clips]
-        self.cider = scst.CiderD(self.references, end=True)
-
-    def __call__(self, captions, clips, ended):
-        """Rewards of captions, float32; clips[i] and ended[i] belong to captions[i]."""
-        references = [self.references[c] for c in clips]
-        reward = self.cider.score_many(captions, references, ended).float()
-        if self.name == "spider_lite":
-            lite = map(evaluate.spice_lite, captions, references)
-            reward = (reward + torch.tensor(list(lite))) / 2
-        return reward
 
 
 def scst_loss(model, batch, reward, args):
     """Self-critical loss of one ClipBatch, and its terms {"reward", "distinct"}.
 
-    K samples a clip are drawn as a tree, rewarded, and passed once through the
-    layers above the trunk; the baseline of a sample is the mean reward of the
-    clip's others. reward(captions, clips, ended) -> (B * K,).
-    "distinct" is the fraction of sampled tokens that the samples do not share.
+    K samples a clip are drawn as a tree, rewarded, and passed once through the layers above the
+    trunk; a sample's baseline is the mean reward of the clip's others. reward: scst.CiderD.
+    "distinct": fraction of the sampled tokens that the samples do not share.
     """
-    backbone, fusion, K = model.backbone, model.fusion, args.scst_samples
-    lm_head, B = backbone.llava.lm_head, len(batch.clips)
+    backbone, K, B = model.backbone, args.scst_samples, len(batch.clips)
+    lm_head, temperature = backbone.llava.lm_head, args.scst_temperature
     prompt = torch.tensor([model.prompt] * B, device=backbone.device)
     torch.manual_seed(batch.seed)
     with torch.no_grad(), backbone.autocast(), model.attach(batch.clips):
         tree = scst.sample_tree(
-            backbone.decoder, lm_head, prompt, K, layer=model.split_layer,
-            eos=backbone.eos, limit=batch.limit, temperature=args.scst_temperature,
-            fusion=fusion)
+            backbone.decoder, lm_head, prompt, K, layer=model.split_layer, eos=backbone.eos,
+            limit=batch.limit, temperature=temperature, fusion=model.fusion)
     samples = tree.samples()
     captions = [scst.words(backbone.text(s)) for s in samples]
     ended = [s[-1] == backbone.eos for s in samples]
-    clips = [c for c in batch.clips for _ in range(K)]
-    r = reward(captions, clips, ended).view(B, K).to(backbone.device)
+    references = [r for r in batch.references for _ in range(K)]
+    rewards = reward.score_many(captions, references, ended).float()
+    rewards = rewards.view(B, K).to(backbone.device)
     with backbone.autocast(), model.attach(batch.clips):
         out = model.head(inputs_embeds=tree.states, position_ids=tree.position_ids,
                          attention_mask=tree.attention_mask, use_cache=False)
-        logprobs = tree.logprobs(out.last_hidden_state, lm_head, args.scst_temperature)
+        logprobs = tree.logprobs(out.last_hidden_state, lm_head, temperature)
     loss = scst.scst_loss(logprobs.view(B, K, -1), tree.mask.view(B, K, -1),
-                          scst.leave_one_out(r)) / batch.parts
-    loss = loss + args.gate_l2 * fusion.gate_penalty() / batch.parts
+                          scst.leave_one_out(rewards))
+    loss = loss + args.gate_l2 * model.fusion.gate_penalty()
     distinct = len(tree.token) / int(tree.mask.sum())
-    return loss, {"reward": r.mean() / batch.parts, "distinct": distinct / batch.parts}
+    terms = {"reward": rewards.mean() / batch.parts, "distinct": distinct / batch.parts}
+    return loss / batch.parts, terms
 
 
 # ---------------------------------------------------------------- training captions
@@ -303,49 +259,40 @@ def scst_loss(model, batch, reward, args):
 class TrunkStates:
     """The training captions' states behind the frozen trunk, computed once.
 
-    The prompt's states (P, D) are shared; the captions' (T, D) lie packed in
-    memory, or in a memory-mapped file in `folder`.
+    The prompt's states (P, D) are shared; the captions' (T, D) lie packed in memory, or in a
+    memory-mapped file in `folder`. captions: token ids; unlearned[i]: how many of captions[i]
+    are a question and not learned.
     """
 
     def __init__(self, backbone, trunk, prompt, captions, unlearned, folder):
-        """captions: token ids; the first unlearned[i] of captions[i] are a question."""
         self.ids, self.unlearned, self.device = captions, unlearned, backbone.device
-        self.prompt_length = len(prompt)
-        self.start = [0]
-        for ids in captions:
-            self.start.append(self.start[-1] + len(ids))
+        self.start = [0, *itertools.accumulate(map(len, captions))]
         D, dtype = backbone.decoder.config.hidden_size, backbone.llava.dtype
-        shape = (self.start[-1], D)
-        if shape[0] * D * dtype.itemsize <= TRUNK_IN_MEMORY:
-            self.states = torch.empty(shape, dtype=dtype)
+        total, P = self.start[-1], len(prompt)
+        if total * D * dtype.itemsize <= TRUNK_IN_MEMORY:
+            self.states = torch.empty(total, D, dtype=dtype)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            self.states = torch.from_file(
-                str(folder / f"trunk{dist_rank()}.bin"), shared=True,
-                size=shape[0] * D, dtype=dtype).view(shape)
+            path = str(folder / f"trunk{dist_rank()}.bin")
+            flat = torch.from_file(path, shared=True, size=total * D, dtype=dtype)
+            self.states = flat.view(total, D)
         order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
         batches = [order[i:i + 128] for i in range(0, len(order), 128)]
         with torch.inference_mode(), backbone.autocast():
             for batch in tqdm(batches, desc="trunk states", unit="batch", leave=False):
-                self._compute(backbone, trunk, prompt, batch)
-
-    def _compute(self, backbone, trunk, prompt, batch):
-        P, T = len(prompt), max(len(self.ids[i]) for i in batch)
-        rows = []
-        for i in batch:
-            padding = [backbone.pad] * (T - len(self.ids[i]))
-            rows.append(prompt + self.ids[i] + padding)
-        rows = torch.tensor(rows, device=backbone.device)
-        out = trunk(input_ids=rows, use_cache=False).last_hidden_state
-        for row, i in zip(out, batch):
-            caption = row[P:P + len(self.ids[i])]
-            self.states[self.start[i]:self.start[i + 1]] = caption
-        # the same in every row: attention is causal
-        self.prompt_states = out[0, :P].to(self.states.dtype).clone()
+                T = max(len(captions[i]) for i in batch)
+                rows = [prompt + captions[i] + [backbone.pad] * (T - len(captions[i]))
+                        for i in batch]
+                rows = torch.tensor(rows, device=backbone.device)
+                hidden = trunk(input_ids=rows, use_cache=False).last_hidden_state
+                for h, i in zip(hidden, batch):
+                    self.states[self.start[i]:self.start[i + 1]] = h[P:P + len(captions[i])]
+                # the same in every row: attention is causal
+                self.prompt_states = hidden[0, :P].to(dtype).clone()
 
     def batch(self, captions):
-        """Captions by number -> states (B, P + T, D), targets (B, T), -100 padded."""
-        P, T = self.prompt_length, max(len(self.ids[i]) for i in captions)
+        """Captions by number -> states (B, P + T, D), targets (B, T), -100 where padded."""
+        P, T = len(self.prompt_states), max(len(self.ids[i]) for i in captions)
         states = self.states.new_zeros(len(captions), P + T, self.states.shape[1])
         targets = torch.full((len(captions), T), -100)
         for row, i in enumerate(captions):
@@ -369,7 +316,7 @@ class Order:
         self.references, self.seed, self.epoch = references, seed, None
 
     def step(self, step, size):
-        """[(clip, reference)]: an epoch takes each clip once, with one reference."""
+        """[(clip, reference)] of a step: an epoch takes each clip once, with one reference."""
         n, batch = len(self.references), []
         for position in range(step * size, (step + 1) * size):
             epoch, i = divmod(position, n)
@@ -384,29 +331,26 @@ class Order:
 
 
 class TrainingCaptions:
-    """The training clips' captions, and the micro-batches of each step."""
+    """The training clips' captions, and the micro-batches of each step.
+
+    prompts: token ids, one a clip; encoder: CLAP, for the contrastive term.
+    """
 
     def __init__(self, model, clips, prompts, encoder, args):
-        """prompts: token ids, one a clip; encoder: CLAP, for the contrastive term."""
-        backbone, P = model.backbone, len(model.prompt)
-        self.clips = clips
-        self.first = [0]                        # number of a clip's first caption
-        ids, unlearned = [], []
+        P, ids, unlearned = len(model.prompt), [], []
         for clip, prompt in zip(clips, prompts):
-            question = prompt[P:]
             for reference in clip.references:
-                text = clip.question or args.prompt
-                ids.append(question + backbone.caption_ids(text, reference))
-                unlearned.append(len(question))
-            self.first.append(len(ids))
-        folder = Path(args.out) / "state"
-        self.states = TrunkStates(backbone, model.trunk, model.prompt, ids, unlearned,
-                                  folder)
-        self.embeds = None
+                answer = model.backbone.caption_ids(clip.question or args.prompt, reference)
+                ids.append(prompt[P:] + answer)
+                unlearned.append(len(prompt) - P)
+        self.states = TrunkStates(model.backbone, model.trunk, model.prompt, ids, unlearned,
+                                  Path(args.out) / "state")
+        self.references = [[scst.words(r) for r in c.references] for c in clips]
+        self.clips, counts = clips, [len(c.references) for c in clips]
+        self.first = [0, *itertools.accumulate(counts)]  # number of a clip's first caption
+        self.order, self.embeds = Order(counts, args.seed), None
         if args.contrastive:
-            texts = [r for clip in clips for r in clip.references]
-            self.embeds = encoder.embed_text(texts)
-        self.order = Order([len(c.references) for c in clips], args.seed)
+            self.embeds = encoder.embed_text([r for clip in clips for r in clip.references])
         # a sample longer than any training caption is lost already
         longest = max(map(self.states.learned, range(len(ids))))
         self.limit = min(longest, evaluate.MAX_NEW_TOKENS)
@@ -417,37 +361,30 @@ class TrainingCaptions:
                  for clip, reference in self.order.step(step, args.batch_size)]
         tokens = sum(self.states.learned(caption) for caption, _ in batch)
         batch.sort(key=lambda row: len(self.states.ids[row[0]]))  # little padding
-        device = self.states.device
         for part, mine, parts in micro_batches(batch, args):
-            states, targets = self.states.batch([caption for caption, _ in mine])
+            captions, clips = zip(*mine)
             text = text_clips = None
             if self.embeds is not None:
-                text = self.embeds[[caption for caption, _ in part]].to(device)
-                text_clips = torch.tensor([clip for _, clip in part], device=device)
-            clips = [clip for _, clip in mine]
-            yield CaptionBatch(clips, states, targets, tokens, parts, text, text_clips)
-
-    def clip_ids(self, step, size):
-        """Ids of a step's clips, for messages."""
-        batch = self.order.step(step, size)
-        return " ".join(self.clips[clip].id for clip, _ in batch[:64])
+                all_captions, all_clips = zip(*part)
+                text = self.embeds[list(all_captions)].to(self.states.device)
+                text_clips = torch.tensor(all_clips, device=self.states.device)
+            yield CaptionBatch(clips, *self.states.batch(captions), tokens, parts, text, text_clips)
 
     def scst_batches(self, step, args):
         """The ClipBatches of a step for this process."""
         batch = [clip for clip, _ in self.order.step(step, args.batch_size)]
         for k, (_, mine, parts) in enumerate(micro_batches(batch, args)):
-            seed = (args.seed * 1_000_003 + step) * 1009 + k
-            yield ClipBatch(mine, seed * 97 + dist_rank(), self.limit, parts)
+            seed = ((args.seed * 1_000_003 + step) * 1009 + k) * 97 + dist_rank()
+            yield ClipBatch(mine, [self.references[c] for c in mine], seed, self.limit, parts)
 
 
 def micro_batches(batch, args):
     """For each micro-batch: its rows, this process's rows, and the number of parts."""
     size = args.micro_batch // dist_world()
-    start = dist_rank() * size
     parts = args.batch_size // args.micro_batch * dist_world()
     for i in range(0, args.batch_size, args.micro_batch):
         part = batch[i:i + args.micro_batch]
-        yield part, part[start:start + size], parts
+        yield part, part[dist_rank() * size:(dist_rank() + 1) * size], parts
 
 
 # ---------------------------------------------------------------- several processes
@@ -497,13 +434,13 @@ def start_processes(args):
 # ---------------------------------------------------------------- the run's folder
 
 MAY_DIFFER = {"out", "cache", "device"}  # between a run and its continuation
-SCST_FLAGS = {"scst", "scst_steps", "scst_samples", "scst_temperature", "scst_lr",
-              "reward"}                  # --scst now may choose them anew
+# --scst now may choose these anew
+SCST_FLAGS = {"scst", "scst_steps", "scst_samples", "scst_temperature", "scst_lr"}
 
 
 @dataclass
 class Progress:
-    """Where training is. Saved with the state, so that a killed run continues."""
+    """How far training is; saved with the state, so that a killed run continues."""
     stage: str = "xe"
     step: int = 0
     best: float | None = None
@@ -524,19 +461,15 @@ class Progress:
 
 def git_commit():
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True, text=True, cwd=Path(__file__).parent)
+        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"],
+                              capture_output=True, text=True, cwd=Path(__file__).parent)
         return done.stdout.strip() or None
     except OSError:
         return None
 
 
 def lock_folder(out):
-    """Lock the run's folder until this process ends; wait if another trains there.
-
-    After a killed sweep its orphans may still be training.
-    """
+    """Lock the run's folder until this process ends; wait for another that trains there."""
     if dist_rank() > 0:
         return None
     (out / "state").mkdir(parents=True, exist_ok=True)
@@ -553,19 +486,16 @@ def is_finished(args):
         try:
             old = dict(json.loads(config.read_text()))
         except (ValueError, TypeError):
-            raise InputError(f"{config}: not JSON; remove the folder or choose "
-                             "another --out") from None
+            raise InputError(f"{config}: not JSON; remove the folder or choose another --out") from None
         for key, value in vars(args).items():
             if key in MAY_DIFFER or args.scst == "now" and key in SCST_FLAGS:
                 continue
             if old.get(key) != value:
-                flag = key.replace("_", "-")
                 raise InputError(
-                    f"{out} holds a run with --{flag} {old.get(key)}, not {value}: "
+                    f"{out} holds a run with --{key.replace('_', '-')} {old.get(key)}, not {value}: "
                     "choose another --out, or remove that folder")
     elif args.scst == "now":
-        raise InputError(f"{out}: --scst now continues from an XE checkpoint, and "
-                         "there is no run")
+        raise InputError(f"{out}: --scst now continues from an XE checkpoint, and there is no run")
     if not training.exists():
         return False
     if args.scst == "now" and "scst" not in json.loads(training.read_text())["stages"]:
@@ -576,62 +506,60 @@ def is_finished(args):
     return True
 
 
-def save_state(path, modules, optimizer, progress):
-    """All that a resumed run needs, in one file without pickle: tensors, and
-    numbers as JSON in its header."""
+def save_state(path, model, optimizer, progress):
+    """All that a resumed run needs, without pickle: tensors, and numbers as JSON in the header."""
     tensors = {}
-    for name, module in modules.items():
-        for key, value in module.state_dict().items():
-            tensors[f"{name}/{key}"] = value.contiguous()
+    for name, module in model.modules().items():
+        tensors |= {f"{name}/{key}": value for key, value in module.state_dict().items()}
     for i, entry in optimizer.state_dict()["state"].items():
-        for key, value in entry.items():
-            tensors[f"optimizer/{i}/{key}"] = value.contiguous()
+        tensors |= {f"optimizer/{i}/{key}": value for key, value in entry.items()}
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_suffix(".tmp")
     save_file(tensors, tmp, metadata={"progress": json.dumps(asdict(progress))})
     os.replace(tmp, path)
 
 
-@contextmanager
-def damage_is_one_line(path):
-    """Turn what is wrong with a saved state into one line."""
+def load_state(path, model, args):
+    """(Progress, optimizer) of a saved state; its weights are loaded into the model."""
     try:
-        yield
+        with safe_open(path, "pt", device="cpu") as f:
+            progress = Progress(**json.loads(f.metadata()["progress"]))
+            tensors = {key: f.get_tensor(key) for key in f.keys()}
+        state = {}
+        for key in [key for key in tensors if key.startswith("optimizer/")]:
+            _, i, entry = key.split("/")
+            state.setdefault(int(i), {})[entry] = tensors.pop(key)
+        for name, module in model.modules().items():
+            prefix = name + "/"
+            module.load_state_dict({key.removeprefix(prefix): value for key, value
+                                    in tensors.items() if key.startswith(prefix)})
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:120]
-        raise InputError(
-            f"{path}: damaged ({reason}); remove {path.parent} and "
-            f"{path.parent.parent / 'config.json'} to train from the start") from None
+        raise InputError(f"{path}: damaged ({reason}); remove {path.parent} and "
+                         f"{path.parent.parent / 'config.json'} to train from the start") from None
+    optimizer = make_optimizer(model, args, progress.stage)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return progress, optimizer
 
 
-def read_progress(out):
-    """The Progress to continue from, and whether a saved state belongs to it."""
+def start_or_resume(model, args):
+    """(Progress, optimizer) of a run that begins, or continues after a kill or XE's end."""
+    out = Path(args.out)
     state, training = out / "state" / "state.safetensors", out / "training.json"
     if state.exists():
-        with damage_is_one_line(state), safe_open(state, "pt") as f:
-            return Progress(**json.loads(f.metadata()["progress"])), True
+        progress, optimizer = load_state(state, model, args)
+        if dist_rank() == 0:
+            print(f"{out}: continues at {progress.stage} step {progress.step}")
+        return progress, optimizer
+    progress = Progress()
     if training.exists():  # XE has finished, and --scst now continues
         stages = json.loads(training.read_text())["stages"]
         lines = len((out / "log.jsonl").read_text().splitlines())
-        return Progress(stages=stages, stable=True, log_lines=lines,
-                        seconds=stages["xe"]["seconds"]), False
-    return Progress(), False
-
-
-def load_state(path, modules, optimizer):
-    with damage_is_one_line(path), safe_open(path, "pt", device="cpu") as f:
-        tensors = {k: f.get_tensor(k) for k in f.keys()}
-        for name, module in modules.items():
-            prefix = name + "/"
-            module.load_state_dict({k.removeprefix(prefix): v
-                                    for k, v in tensors.items() if k.startswith(prefix)})
-    state = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, i, entry = key.split("/")
-            state.setdefault(int(i), {})[entry] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+        progress = Progress(stages=stages, stable=True, log_lines=lines,
+                            seconds=stages["xe"]["seconds"])
+    return progress, make_optimizer(model, args, "xe")
 
 
 class Log:
@@ -645,9 +573,7 @@ class Log:
         self.began = time.perf_counter() - progress.seconds
         if dist_rank() == 0:
             lines = path.read_text().splitlines() if path.exists() else []
-            lines = lines[:progress.log_lines]
-            data.write_text(path, "".join(f"{line}\n" for line in lines))
-            self.lines = len(lines)
+            data.write_text(path, "".join(f"{line}\n" for line in lines[:progress.log_lines]))
 
     def seconds(self):
         """Seconds of training so far, over all starts."""
@@ -668,16 +594,13 @@ class NotFinite(RuntimeError):
 
 def make_optimizer(model, args, stage):
     """AdamW. XE: projector and adapters have their own rates; SCST: one rate."""
-    named = [*model.fusion.named_parameters(),
-             *model.contrast.named_parameters(prefix="projector.contrast")]
     groups = {}
-    for name, parameter in named:
+    for name, parameter in [*model.fusion.named_parameters(),
+                            *model.contrast.named_parameters(prefix="projector.contrast")]:
         lr = args.lr if name.startswith("projector") else args.lr_adapter
-        if stage == "scst":
-            lr = args.scst_lr
+        lr = args.scst_lr if stage == "scst" else lr
         matrix = parameter.ndim >= 2 and not name.endswith(("position", "constant"))
-        decay = args.weight_decay if matrix else 0.0
-        groups.setdefault((lr, decay), []).append(parameter)
+        groups.setdefault((lr, args.weight_decay if matrix else 0.0), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": parameters, "lr": lr, "peak": lr, "weight_decay": decay}
          for (lr, decay), parameters in groups.items()],
@@ -695,9 +618,9 @@ def cosine(step, steps, warmup):
 def optimizer_step(model, batches, loss_function, optimizer, rate, args):
     """One step over the micro-batches: (terms of the loss, gradient norm).
 
-    loss_function(model, batch, args=args) -> (loss, {name: number}). rate: fraction
-    of each group's peak learning rate. Raises NotFinite, before any weight is
-    changed, if a term or the norm is not finite.
+    loss_function(model, batch, args=args) -> (loss, {name: number}). rate: fraction of each
+    group's peak learning rate. Raises NotFinite, before any weight changes, if a term or the
+    norm is not finite.
     """
     totals = {}
     for batch in batches:
@@ -705,11 +628,10 @@ def optimizer_step(model, batches, loss_function, optimizer, rate, args):
         loss.backward()
         for name, value in terms.items():
             totals[name] = totals.get(name, 0.0) + value
-    parameters = model.trainable()
+    parameters = [p for module in model.modules().values() for p in module.parameters()]
     sum_over_ranks([p.grad for p in parameters if p.grad is not None])
-    device = model.backbone.device
-    values = [torch.as_tensor(v, device=device).float() for v in totals.values()]
-    values = torch.stack(values)
+    values = torch.stack([torch.as_tensor(v, device=model.backbone.device).float()
+                          for v in totals.values()])
     sum_over_ranks([values])
     terms = dict(zip(totals, values.tolist()))
     norm = nn.utils.clip_grad_norm_(parameters, args.clip).item()
@@ -726,22 +648,19 @@ def optimizer_step(model, batches, loss_function, optimizer, rate, args):
 # ---------------------------------------------------------------- validation
 
 def validate(model, inputs, args, rerank):
-    """Greedy captions of the validation split, scored: {"val_...": value}, flat.
+    """Greedy captions of the validation split, scored by process 0: {"val_...": value}, flat.
 
-    rerank: also "val_reranked" and "val_oracle", the selection metric of a choice
-    among the greedy caption and five samples, with equal weights: none are fitted.
+    rerank: also "val_reranked" and "val_oracle", the selection metric of a choice among the
+    greedy caption and five samples, with equal weights: none are fitted here.
     """
-    start = time.perf_counter()
-    if dist_rank() > 0:
-        scores = None
-    else:
+    box, start = [None], time.perf_counter()
+    if dist_rank() == 0:
         model.fusion.eval()
         branches = inputs.branches([b.fusion for b in model.branches])
-        candidates = evaluate.decode(
-            model.backbone, branches, inputs.prompts, samples=5 if rerank else 0,
-            progress="validation")
+        candidates = evaluate.decode(model.backbone, branches, inputs.prompts,
+                                     samples=5 if rerank else 0, progress="validation")
         model.fusion.train()
-        first = [clip_candidates[0] for clip_candidates in candidates]
+        first = [clip[0] for clip in candidates]
         items = evaluate.make_items(inputs.split.clips, first)
         corpus = evaluate.score(items, quick=True)["corpus"]
         scores = {f"val_{metric}": value for metric, value in corpus.items()}
@@ -750,13 +669,11 @@ def validate(model, inputs, args, rerank):
         scores["val_n"] = len(items)
         for name, value in evaluate.caption_statistics(first).items():
             scores[f"val_{name}"] = value
-        scores["val_seconds"] = time.perf_counter() - start
-        scores["example"] = items[0]["prediction"]
+        box = [{**scores, "val_seconds": time.perf_counter() - start,
+                "example": items[0]["prediction"]}]
     if dist_world() > 1:
-        box = [scores]
         dist.broadcast_object_list(box)
-        scores = box[0]
-    return scores
+    return box[0]
 
 
 def collapse(scores, xe):
@@ -779,16 +696,14 @@ def collapse(scores, xe):
 
 # ---------------------------------------------------------------- the loop
 
-def train_stage(model, captions, val_inputs, optimizer, progress, log, loss_function,
-                args):
+def train_stage(model, captions, val_inputs, optimizer, progress, log, loss_function, args):
     """Train one stage, XE or SCST, to its end; the best checkpoint is kept."""
     stage, out = progress.stage, Path(args.out)
     if stage == "xe":
         steps, folder, batches = args.steps, out, captions.xe_batches
     else:
         steps, folder, batches = args.scst_steps, out / "scst", captions.scst_batches
-    clips = len(captions.order.references)
-    eval_every = args.eval_every or max(1, clips // args.batch_size)
+    eval_every = args.eval_every or max(1, len(captions.clips) // args.batch_size)
     metric = selection_metric(val_inputs)
     bar = tqdm(disable=dist_rank() > 0, unit="step", desc=args.out[-24:], total=steps,
                initial=progress.step, postfix=stage)
@@ -800,8 +715,7 @@ def train_stage(model, captions, val_inputs, optimizer, progress, log, loss_func
         if due and progress.validated != step:
             rerank = progress.stable and args.modality == "audio" and not args.beside
             scores = validate(model, val_inputs, args, rerank)
-            log(event="validation", stage=stage, step=step, seconds=log.seconds(),
-                **scores)
+            log(event="validation", stage=stage, step=step, seconds=log.seconds(), **scores)
             failure = None
             if stage == "scst":
                 failure = collapse(scores, progress.stages["xe"]["scores"])
@@ -828,33 +742,34 @@ def train_stage(model, captions, val_inputs, optimizer, progress, log, loss_func
                 progress.stable = True
                 if dist_rank() == 0:
                     write_json(out / "stable.json", {
-                        "step": step, "best_step": progress.best_step,
-                        metric: progress.best})
+                        "step": step, "best_step": progress.best_step, metric: progress.best})
             if reason:
                 progress.end_stage(reason)
                 bar.close()
                 return
-            save_run_state(model, optimizer, progress, args)
+            if dist_rank() == 0:
+                save_state(out / "state" / "state.safetensors", model, optimizer, progress)
 
         # step
         started = time.perf_counter()
         rate = cosine(step, steps, args.warmup)
         try:
-            terms, norm = optimizer_step(model, batches(step, args), loss_function,
-                                         optimizer, rate, args)
+            terms, norm = optimizer_step(model, batches(step, args), loss_function, optimizer,
+                                         rate, args)
         except NotFinite as e:
-            ids = captions.clip_ids(step, args.batch_size)
+            rows = captions.order.step(step, args.batch_size)[:64]
+            ids = " ".join(captions.clips[clip].id for clip, _ in rows)
             raise NotFinite(f"{out}: {stage} step {step}: {e}; clips {ids}") from None
         progress.step = step + 1
         bar.update()
 
         # log
         if step % 10 == 0 or stage == "scst":
-            gates = {f"gate_{l}": g for l, g in model.fusion.gates().items()}
-            seconds = time.perf_counter() - started
+            gates = {f"gate_{layer}": gate for layer, gate in model.fusion.gates().items()}
+            speed = args.batch_size / (time.perf_counter() - started)
             log(event="step", stage=stage, step=step, **terms, gradient_norm=norm,
-                lr=optimizer.param_groups[0]["lr"], **gates,
-                clips_per_second=args.batch_size / seconds, seconds=log.seconds())
+                lr=optimizer.param_groups[0]["lr"], **gates, clips_per_second=speed,
+                seconds=log.seconds())
 
 
 def selection_metric(inputs):
@@ -864,38 +779,24 @@ def selection_metric(inputs):
     return f"val_{evaluate.selection_metric()}"
 
 
-def save_run_state(model, optimizer, progress, args):
-    if dist_rank() == 0:
-        modules = {"fusion": model.fusion, "contrast": model.contrast}
-        state = Path(args.out) / "state" / "state.safetensors"
-        save_state(state, modules, optimizer, progress)
-
-
 def begin_scst(model, progress, args):
     """Go to SCST from the best XE checkpoint, with a new optimizer."""
+    out = Path(args.out)
+    if not (out / "fusion.json").exists() or not progress.stages:
+        raise InputError(f"{out}: --scst now continues from an XE checkpoint, and none has been "
+                         "saved there yet")
     barrier()  # process 0 may still be writing it
-    best = fusions.load(args.out, model.backbone.decoder)
-    model.fusion.load_state_dict(best.state_dict())
+    model.fusion.load_state_dict(fusions.load(out, model.backbone.decoder).state_dict())
     progress.stage, progress.step, progress.validated = "scst", 0, 0
     progress.best, progress.best_step, progress.since_best = None, 0, 0
     progress.stable = True
-    return make_optimizer(model, args, "scst")
+    optimizer = make_optimizer(model, args, "scst")
+    if dist_rank() == 0:
+        save_state(out / "state" / "state.safetensors", model, optimizer, progress)
+    return optimizer
 
 
 # ---------------------------------------------------------------- main
-
-def read_data(args):
-    """Training and validation inputs, and the finished run of --beside or None."""
-    beside = evaluate.open_beside(vars(args), args.device)
-    inputs = [evaluate.load_inputs(vars(args), split, args.device, beside)
-              for split in ("train", "val")]
-    for one in inputs:
-        split = one.split
-        if dist_rank() == 0:
-            print(f"{split.name}: {len(split.clips)} clips, {len(split.missing)} "
-                  f"missing, {len(split.bad)} unreadable")
-    return *inputs, beside
-
 
 def build_model(inputs, clips, beside, args):
     """The Model, and the token ids of each clip's prompt."""
@@ -903,33 +804,29 @@ def build_model(inputs, clips, beside, args):
     decoder, encoder = backbone.decoder, inputs.encoders[args.modality]
     torch.manual_seed(args.seed)
     fusion = fusions.build(
-        args.fusion, decoder, encoder_width=encoder.width, layers=args.layers,
-        tokens=args.tokens, hidden=args.hidden, gate_init=args.gate_init,
-        modality=args.modality)
+        args.fusion, decoder, encoder_width=encoder.width, layers=args.layers, tokens=args.tokens,
+        hidden=args.hidden, gate_init=args.gate_init, modality=args.modality)
     if args.init:
         fusion.load_state_dict(fusions.load(args.init, decoder).state_dict())
     fusion = fusion.to(backbone.device)
-    contrast = ContrastiveHead(decoder.config.hidden_size, encoder.embed_dim)
-    contrast = contrast.to(backbone.device)
+    contrast = ContrastiveHead(decoder.config.hidden_size, encoder.embed_dim).to(backbone.device)
 
     attached = [fusion] if beside is None else [beside.fusion, fusion]
     changed = [layer for f in attached for layer in f.spec.layers]
-    changed += map(int, getattr(fusion, "top", ()))  # unfreeze's own blocks
-    split_layer = min(changed)
-    empty = [fusions.Branch(f) for f in attached]
-    with fusions.attach_branches(decoder, empty, []):  # with unfreeze's blocks
+    split_layer = min([*changed, *map(int, getattr(fusion, "top", ()))])
+    # unfreeze's own blocks belong in the head
+    with fusions.attach_branches(decoder, [fusions.Branch(f) for f in attached], []):
         trunk, head = fusions.split(decoder, split_layer)
 
     placeholders = args.tokens if args.fusion == "concat" else 0
     encoded = [backbone.prompt(text, placeholders) for text in inputs.prompts[:len(clips)]]
     prompts, positions = zip(*encoded)
-    shared = os.path.commonprefix(prompts)  # all of it, but where clips have questions
+    shared = os.path.commonprefix(prompts)  # where clips have questions, only what precedes them
     slots = positions[0]
     if slots is not None:
         slots = torch.tensor(slots, device=backbone.device)
-    model = Model(backbone, fusion, contrast, inputs.branches(attached), trunk, head,
-                  split_layer, shared, slots)
-    return model, prompts
+    return Model(backbone, fusion, contrast, inputs.branches(attached), trunk, head, split_layer,
+                 shared, slots), prompts
 
 
 def main(argv=None):
@@ -938,15 +835,20 @@ def main(argv=None):
     out = Path(args.out)
 
     # data first: a wrong folder should not wait for a 7B model
-    split = data.read_split(args.dataset, args.data, "train")
-    data.read_split(args.dataset, args.data, "val")
-    if split.clips[0].question and args.scst != "off":
-        raise InputError(f"{args.data}: has questions, and self-critical training is "
-                         "for captions: --scst off")
+    splits = [data.read_split(args.dataset, args.data, name) for name in ("train", "val")]
+    if splits[0].clips[0].question and args.scst != "off":
+        raise InputError(f"{args.data}: has questions, and self-critical training is for "
+                         "captions: --scst off")
     if is_finished(args):
         return
-    inputs, val_inputs, beside = read_data(args)
+    beside = evaluate.open_beside(vars(args), args.device)
+    inputs, val_inputs = [evaluate.load_inputs(vars(args), split, args.device, beside)
+                          for split in splits]
     clips = inputs.split.clips[:args.limit or None]
+    if dist_rank() == 0:
+        for split in splits:
+            print(f"{split.name}: {len(split.clips)} clips, {len(split.missing)} missing, "
+                  f"{len(split.bad)} unreadable")
     model, prompts = build_model(inputs, clips, beside, args)
 
     # the folder is touched only now: all flags have been checked
@@ -954,44 +856,28 @@ def main(argv=None):
     barrier()
     if is_finished(args):  # by the process that was waited for
         return
-    config = {**vars(args), "name": out.name, "git": git_commit(),
-              "versions": evaluate.versions()}
-    if dist_rank() == 0 and not (out / "config.json").exists():
+    config = {**vars(args), "name": out.name, "git": git_commit(), "versions": evaluate.versions()}
+    if (out / "config.json").exists():
+        config = json.loads((out / "config.json").read_text())
+    captions = TrainingCaptions(model, clips, prompts, inputs.encoders[args.modality], args)
+    progress, optimizer = start_or_resume(model, args)
+    xe_first = progress.stage == "xe" and args.scst != "now"
+    if args.scst == "now" and progress.best is not None and not progress.stages:
+        progress.end_stage("--scst now")
+    if progress.stage == "xe" and not xe_first:
+        optimizer = begin_scst(model, progress, args)
+        config |= {flag: vars(args)[flag] for flag in SCST_FLAGS}
+    if dist_rank() == 0:
         write_json(out / "config.json", config)
-    captions = TrainingCaptions(model, clips, prompts, inputs.encoders[args.modality],
-                                args)
-
-    # resume
-    progress, saved = read_progress(out)
-    optimizer = make_optimizer(model, args, progress.stage)
-    if saved:
-        modules = {"fusion": model.fusion, "contrast": model.contrast}
-        load_state(out / "state" / "state.safetensors", modules, optimizer)
-        if dist_rank() == 0:
-            print(f"{out}: continues at {progress.stage} step {progress.step}")
-    begin_now = args.scst == "now" and progress.stage == "xe"
-    if begin_now:
-        checkpoint = (out / "fusion.json").exists()
-        if not checkpoint or not (progress.stages or progress.best):
-            raise InputError(f"{out}: --scst now continues from an XE checkpoint, and "
-                             "none has been saved there yet")
-        if not progress.stages:
-            progress.end_stage("--scst now")
-        if dist_rank() == 0:
-            old = json.loads((out / "config.json").read_text())
-            chosen = {key: config[key] for key in SCST_FLAGS}
-            write_json(out / "config.json", {**old, **chosen})
 
     log = Log(out / "log.jsonl", progress)
-    if progress.stage == "xe" and not begin_now:
+    if xe_first:
         train_stage(model, captions, val_inputs, optimizer, progress, log, xe_loss, args)
-    if args.scst != "off":
-        if progress.stage == "xe":
+        if args.scst == "auto":
             optimizer = begin_scst(model, progress, args)
-            save_run_state(model, optimizer, progress, args)
-        reward = Reward(clips, args.reward)
-        train_stage(model, captions, val_inputs, optimizer, progress, log,
-                    partial(scst_loss, reward=reward), args)
+    if progress.stage == "scst":
+        loss = partial(scst_loss, reward=scst.CiderD(captions.references, end=True))
+        train_stage(model, captions, val_inputs, optimizer, progress, log, loss, args)
     finish(model, progress, log, selection_metric(val_inputs), out)
 
 
@@ -1003,12 +889,9 @@ def finish(model, progress, log, metric, out):
             "seconds": log.seconds(),
             "trainable_parameters": fusions.count_parameters(model.fusion)})
         shutil.rmtree(out / "state", ignore_errors=True)
-        lines = []
         for stage, end in progress.stages.items():
             best = end["best"] if end["best"] is None else round(end["best"], 4)
-            lines.append(f"{stage} {metric} {best} at step {end['best_step']} "
-                         f"({end['reason']})")
-        print(f"{out}: " + "; ".join(lines))
+            print(f"{out}: {stage} {metric} {best} at step {end['best_step']} ({end['reason']})")
     if dist_world() > 1:
         dist.destroy_process_group()
 

@@ -356,7 +356,7 @@ def test_a_finished_run_is_skipped_and_a_changed_flag_is_named(world, finished):
 def test_reranked_validations_after_stable_and_scst_now(world, finished, tmp_path):
     """--scst now goes on from a finished XE run, or from an unfinished one, and is refused where there is none."""
     out = tmp_path / "run"
-    now = ["--scst", "now", "--scst-steps", "4", "--scst-lr", "1e-6", "--reward", "spider_lite"]
+    now = ["--scst", "now", "--scst-steps", "4", "--scst-lr", "1e-6"]
     done = run(world, out, *now, check=False)
     assert done.returncode == 2 and "no run" in done.stderr and not out.exists()
     run(world, out, "--patience", "1", "--steps", "12")
