@@ -1,16 +1,16 @@
-"""Gated ways of letting a second modality (sound, video) into a frozen decoder, without editing the decoder.
+"""Gated ways of adding a second modality (audio, video) to a frozen decoder.
 
-    python fusion.py                       # the demonstration: every system on a tiny Llama, no files, no network
+    python fusion.py     # demonstration: every system on a tiny Llama, no files, no network
 
     audio = fusion.build("additive", decoder, encoder_width=768, layers=[12, 24])
     with audio.attach(decoder, frames, mask):      # frames (B, S, E), mask (B, S)
-        llava.generate(**inputs)                   # beams, samples and the KV cache included
+        llava.generate(**inputs)                   # also beams, samples and the KV cache
     audio.save("run"); audio = fusion.load("run", decoder)
 
-Copy this file alone: it needs torch and safetensors, and a Hugging Face decoder that has a `.layers` ModuleList.
+Copy this file alone: it needs torch, safetensors and a Hugging Face decoder with `.layers`.
 
-Legend of the shape comments: B clips, T text positions, S encoder frames, N modality tokens, D decoder width,
-E encoder width, H heads, R adapter rank. "Layer l" is the input of decoder block l, counted from 0.
+Shapes: B clips, T text positions, S encoder frames, N modality tokens, D decoder width,
+E encoder width, H heads, R adapter rank. "Layer l" is the input of decoder block l, from 0.
 """
 import copy
 import hashlib
@@ -33,20 +33,20 @@ UNFREEZE_BLOCKS = 4  # the partial-unfreeze baseline trains the top 4 decoder bl
 
 
 class FusionError(ValueError):
-    """A fusion that does not fit: its flags, its files, its features or its backbone. One line, says which."""
+    """A fusion does not fit its flags, files, features or backbone. One line, says which."""
 
 
 @dataclass
 class Spec:
-    """Everything needed to rebuild a fusion, and the backbone it belongs to. Saved as fusion.json."""
+    """All that is needed to rebuild a fusion, and its backbone. Saved as fusion.json."""
     kind: str
     layers: list        # decoder blocks whose input is changed, ascending
     tokens: int         # N
     hidden: int         # the projector's inner width
     encoder_width: int  # E
-    gate_init: float    # alpha at the start; ignored by concat, and 0 by convention for cross_attention
+    gate_init: float    # of additive; concat has no gate, cross_attention starts at 0
     rank: int           # R, the inner width that the parameter budget is counted in
-    modality: str       # "audio" or "video": which encoder's frames it was trained on
+    modality: str       # "audio" or "video": whose encoder's frames it was trained on
     backbone: dict      # class, depth, width and heads of the decoder
 
     width = property(lambda self: self.backbone["width"])  # D
@@ -56,11 +56,10 @@ class Spec:
 def describe_backbone(decoder):
     """What a fusion depends on in a decoder: {class, depth, width, heads}."""
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise FusionError(f"{type(decoder).__name__} has no `.layers` ModuleList: pass the decoder itself, "
-                          "for LLaVA that is `llava.model.language_model`")
-    config = decoder.config
-    return {"class": type(decoder).__name__, "depth": len(decoder.layers), "width": config.hidden_size,
-            "heads": config.num_attention_heads}
+        raise FusionError(f"{type(decoder).__name__} has no `.layers` ModuleList: pass the "
+                          "decoder itself, for LLaVA `llava.model.language_model`")
+    return {"class": type(decoder).__name__, "depth": len(decoder.layers),
+            "width": decoder.config.hidden_size, "heads": decoder.config.num_attention_heads}
 
 
 # ---------------------------------------------------------------- parts
@@ -68,7 +67,7 @@ def describe_backbone(decoder):
 class Projector(nn.Module):
     """Encoder frames to N tokens in time order, at the decoder's width.
 
-    frames (B, S, E), mask (B, S), True where a frame is real -> (B, N, D), unit scale (LayerNorm).
+    frames (B, S, E), mask (B, S), True at a frame -> (B, N, D), unit scale (LayerNorm).
     """
 
     def __init__(self, spec):
@@ -86,27 +85,25 @@ class Projector(nn.Module):
 
 
 def masked_adaptive_pool(frames, mask, tokens):
-    """Average pooling over time into `tokens` equal shares of each clip's own length.
+    """Average pooling over time into N equal shares of each clip's own length.
 
-    frames (B, S, E), mask (B, S) -> (B, N, E). Share n of a clip of L frames covers frames floor(nL/N) to
-    ceil((n+1)L/N), as torch's adaptive_avg_pool1d does; unlike there, each clip has a length of its own.
+    frames (B, S, E), mask (B, S) -> (B, N, E). Share n of a clip of L frames covers frames
+    floor(nL/N) to ceil((n+1)L/N), as torch's adaptive_avg_pool1d does for clips of one length.
     """
     B, S, E = frames.shape
     length = mask.sum(1, keepdim=True)                                   # (B, 1)
     n = torch.arange(tokens, device=frames.device)
     first = (n * length) // tokens                                       # (B, N)
-    last = -((-(n + 1) * length) // tokens)                              # (B, N), exclusive: a ceiling division
+    last = -((-(n + 1) * length) // tokens)                              # (B, N), exclusive
     s = torch.arange(S, device=frames.device)
     share = (s >= first[..., None]) & (s < last[..., None])              # (B, N, S)
-    weight = share.to(frames.dtype) / (last - first).clamp(min=1)[..., None].to(frames.dtype)
+    size = (last - first).clamp(min=1)[..., None]                        # (B, N, 1)
+    weight = share.to(frames.dtype) / size.to(frames.dtype)
     return weight @ frames                                               # (B, N, S) @ (B, S, E)
 
 
 class Residual(nn.Module):
-    """Low-rank residual, D -> R -> parts * D, zero at the start so that the tokens first pass unchanged.
-
-    (B, N, D) -> `parts` tensors (B, N, D)
-    """
+    """Low-rank residual, (B, N, D) -> `parts` tensors (B, N, D); zero at the start."""
 
     def __init__(self, width, rank, parts):
         super().__init__()
@@ -116,7 +113,8 @@ class Residual(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, tokens):
-        return [tokens + delta for delta in self.up(self.down(tokens)).chunk(self.parts, dim=-1)]
+        deltas = self.up(self.down(tokens)).chunk(self.parts, dim=-1)
+        return [tokens + delta for delta in deltas]
 
 
 def split_heads(x, heads):
@@ -129,11 +127,11 @@ def merge_heads(x):
     return x.transpose(1, 2).reshape(B, T, H * d)                        # (B, T, D)
 
 
-def loudness(h):
-    """Mean absolute value of each position, (B, T, D) -> (B, T, 1): the unit that gates are measured in.
+def scale(h):
+    """Mean absolute value of each position, (B, T, D) -> (B, T, 1), the unit of the gates.
 
-    Not the root mean square: Llama's first position carries a few activations a thousand times the others
-    ("massive activations", Sun et al. 2024); in the RMS they would set the unit, in this mean they hardly count.
+    Not the root mean square: in Llama's first position a few activations are a thousand times
+    the others ("massive activations", Sun et al. 2024) and would set the unit.
     """
     return h.abs().mean(-1, keepdim=True)
 
@@ -141,21 +139,21 @@ def loudness(h):
 # ---------------------------------------------------------------- the systems
 
 class Fusion(nn.Module):
-    """What all systems share: a projector, one adapter a layer, and hooks that live for one `with` block."""
+    """What all systems share: a projector, and hooks that last for one `with` block."""
     has_gate = True
 
     def __init__(self, spec):
         super().__init__()
         self.spec = spec
         self.projector = Projector(spec)
-        # While attached: the clip of each row of the batch, (rows,). None: each
-        # clip has equally many rows, in order.
+        # while attached: the clip of each row of the batch, (rows,); None: every clip has
+        # the same number of rows, in order
         self.row_to_clip = None
 
     # -- what a system defines: prepare() once a clip, change() at each layer
 
     def prepare(self, tokens):
-        """(B, N, D) -> {layer: tuple of tensors whose first axis is B}, computed once and not per decoding step."""
+        """(B, N, D) -> {layer: tensors whose first axis is B}, computed once a clip."""
         raise NotImplementedError
 
     def change(self, layer, h, prepared, slots):
@@ -176,33 +174,32 @@ class Fusion(nn.Module):
 
     def gate_penalty(self):
         """Sum of squared gate parameters, for L2 regularisation."""
-        return sum(g.square() for g in self.gate.values()) if self.has_gate else torch.zeros(())
+        if not self.has_gate:
+            return torch.zeros(())
+        return sum(gate.square() for gate in self.gate.values())
 
     # -- the same for all
 
     def tokens(self, frames, mask=None):
-        """Modality tokens (B, N, D) of clips: frames (B, S, E), mask (B, S) or None where all frames are real."""
+        """Modality tokens (B, N, D) of frames (B, S, E); mask (B, S), None: all are real."""
         if frames.dim() != 3 or frames.shape[-1] != self.spec.encoder_width:
-            raise FusionError(f"features have shape {tuple(frames.shape)}, expected (clips, frames, "
-                              f"{self.spec.encoder_width}): another encoder than the one trained with?")
+            raise FusionError(
+                f"features have shape {tuple(frames.shape)}, expected (clips, frames, "
+                f"{self.spec.encoder_width}): another encoder than the one trained with?")
         if mask is None:
             mask = torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
         return self.projector(frames.to(self.projector.position.dtype), mask)
 
     @contextmanager
     def attach(self, decoder, frames=None, mask=None, slots=None):
-        """Fuse the clips into the decoder for the length of the block.
+        """Fuse clips into the decoder for the length of the block; yields tokens (B, N, D).
 
-        Afterwards the decoder is what it was, also after an exception.
-        frames (B, S, E) and mask (B, S) of the clips, or None for no clip.
-        slots (B, N), for concat only: positions of the prompt's placeholders.
-        Yields the modality tokens (B, N, D), or None.
-
-        When generation expands the batch (beams, samples), each clip serves its
-        expanded rows, in order. A decoding loop that gives clips different
-        numbers of rows sets `row_to_clip` before each pass.
-        Call `split` inside an attach: unfreeze puts its own blocks in place, and
-        they belong in the head.
+        Afterwards the decoder is what it was, also after an exception. frames (B, S, E) and
+        mask (B, S), or None for no clip. slots (B, N), for concat only: positions of the
+        prompt's placeholders. When generation expands the batch (beams, samples), each clip
+        serves its expanded rows, in order; a decoding loop that gives clips different numbers
+        of rows sets `row_to_clip` before each pass. Call `split` inside an attach: unfreeze
+        puts its own blocks in place, and they belong in the head.
         """
         check_backbone(self.spec.backbone, describe_backbone(decoder))
         tokens = None if frames is None else self.tokens(frames, mask)
@@ -224,34 +221,24 @@ class Fusion(nn.Module):
         return {}
 
     def _hook(self, block, layer, prepared, slots):
-        expanded = {}  # rows -> prepared tensors; decoding calls this each step
-
         def rows_of(x, rows):
-            if x is None:
-                return None
             if self.row_to_clip is not None:
                 return x[self.row_to_clip]
-            return x.repeat_interleave(rows // len(x), 0)
+            return x if rows == len(x) else x.repeat_interleave(rows // len(x), 0)
 
         def hook(module, args, kwargs):
-            # some decoders pass the hidden states by name
-            h = args[0] if args else kwargs["hidden_states"]
-            rows, clips = h.shape[0], prepared[0].shape[0]
+            h = args[0] if args else kwargs["hidden_states"]             # some pass it by name
+            rows, clips = len(h), len(prepared[0])
             if self.row_to_clip is None:
                 fits = rows % clips == 0
             else:
                 fits = rows == len(self.row_to_clip)
             if not fits:
-                raise FusionError(
-                    f"{rows} sequences for {clips} clips: the batch is no multiple of the features")
-            if self.row_to_clip is not None:
-                inputs = [rows_of(x, rows) for x in prepared]
-            else:
-                if rows not in expanded:
-                    expanded[rows] = [rows_of(x, rows) for x in prepared]
-                inputs = expanded[rows]
-            new = self.change(layer, h, inputs, rows_of(slots, rows))
-            new = new.to(h.dtype)
+                raise FusionError(f"{rows} sequences for {clips} clips: the batch is no multiple "
+                                  "of the features")
+            inputs = [rows_of(x, rows) for x in prepared]
+            positions = None if slots is None else rows_of(slots, rows)
+            new = self.change(layer, h, inputs, positions).to(h.dtype)
             if args:
                 return (new, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": new}
@@ -259,49 +246,56 @@ class Fusion(nn.Module):
         return block.register_forward_pre_hook(hook, with_kwargs=True)
 
     def save(self, folder):
-        """Write fusion.safetensors (trainable tensors only) and fusion.json into a folder, atomically."""
+        """Write fusion.safetensors (trainable tensors only) and fusion.json, atomically."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
-        save_file(tensors, folder / "fusion.safetensors.tmp", metadata={"sha256": digest(tensors)})
-        (folder / "fusion.json.tmp").write_text(json.dumps(asdict(self.spec), indent=1) + "\n")
-        os.replace(folder / "fusion.safetensors.tmp", folder / "fusion.safetensors")
-        os.replace(folder / "fusion.json.tmp", folder / "fusion.json")
+        new = [folder / "fusion.safetensors.tmp", folder / "fusion.json.tmp"]
+        save_file(tensors, new[0], metadata={"sha256": digest(tensors)})
+        new[1].write_text(json.dumps(asdict(self.spec), indent=1) + "\n")
+        for path in new:
+            os.replace(path, path.with_suffix(""))
+
+
+# One unit of alpha moves the hidden state by about this many times its mean size. It only
+# sets alpha's unit: with 1, Adam's small steps would need thousands of updates to open a gate.
+READ_SCALE = 10.0
 
 
 class Additive(Fusion):
-    """h <- h + alpha_l * loudness(h) * softmax(rms_norm(h) K^T / sqrt(d)) V: the gated additive read-out.
+    """h <- h + alpha_l * scale(h) * softmax(rms_norm(h) K^T / sqrt(d)) V, a gated read-out.
 
-    Nothing on the text side is trained: the query is the hidden state itself, RMS-normalised. K and V come from
-    the modality tokens through a low-rank residual a layer. alpha_l is one scalar.
+    Nothing on the text side is trained: the query is the RMS-normalised hidden state. K and V
+    come from the modality tokens through a low-rank residual a layer. alpha_l is one scalar.
     """
 
     def __init__(self, spec):
         super().__init__(spec)
-        self.adapter = nn.ModuleDict({str(l): Residual(spec.width, spec.rank, parts=2) for l in spec.layers})
-        self.gate = nn.ParameterDict({str(l): nn.Parameter(torch.tensor(spec.gate_init)) for l in spec.layers})
+        self.adapter, self.gate = nn.ModuleDict(), nn.ParameterDict()
+        for layer in map(str, spec.layers):
+            self.adapter[layer] = Residual(spec.width, spec.rank, parts=2)
+            self.gate[layer] = nn.Parameter(torch.tensor(spec.gate_init))
 
     def prepare(self, tokens):
-        return {l: tuple(split_heads(x, self.spec.heads) for x in self.adapter[str(l)](tokens))
-                for l in self.spec.layers}                               # K, V: (B, H, N, D/H)
+        prepared = {}
+        for layer in self.spec.layers:                                   # K, V: (B, H, N, D/H)
+            key, value = self.adapter[str(layer)](tokens)
+            prepared[layer] = [split_heads(x, self.spec.heads) for x in (key, value)]
+        return prepared
 
     def change(self, layer, h, prepared, slots):
         key, value = prepared
-        query = split_heads(F.rms_norm(h.to(key.dtype), h.shape[-1:]), self.spec.heads)   # (B, H, T, D/H)
-        read = merge_heads(F.scaled_dot_product_attention(query, key, value))             # (B, T, D)
-        return h + self.gate[str(layer)] * READ_SCALE * loudness(h) * read
+        query = F.rms_norm(h.to(key.dtype), h.shape[-1:])
+        query = split_heads(query, self.spec.heads)                      # (B, H, T, D/H)
+        read = merge_heads(F.scaled_dot_product_attention(query, key, value))  # (B, T, D)
+        return h + self.gate[str(layer)] * READ_SCALE * scale(h) * read
 
     def gates(self):
-        return {l: self.gate[str(l)].item() for l in self.spec.layers}
-
-
-# One unit of alpha moves the hidden state by about this many times its own mean size. It only sets the unit that
-# alpha is learned and reported in: with 1, Adam's small steps would need thousands of updates to open a gate.
-READ_SCALE = 10.0
+        return {layer: self.gate[str(layer)].item() for layer in self.spec.layers}
 
 
 class DataOnly(Additive):
-    """Additive, deaf: learned constant frames stand where the clip's would. Same parameters, same training."""
+    """Additive without audio: learned constant frames instead of the clip's."""
 
     def __init__(self, spec):
         super().__init__(spec)
@@ -312,24 +306,31 @@ class DataOnly(Additive):
 
 
 class CrossAttention(Fusion):
-    """h <- h + tanh(alpha_l) * O(attention(Q(norm h), K(A), V(A))): Flamingo's gated block, attention part.
+    """h <- h + tanh(alpha_l) * O(attention(Q(norm h), K(A), V(A))), Flamingo's gated block.
 
-    Alayrac et al. 2022. Own Q, K, V, O; alpha starts at 0, so O must not (both at zero would pass no gradient).
+    Alayrac et al. 2022, the attention part. Own Q, K, V, O; alpha starts at 0, so O does not:
+    with both at zero no gradient would pass.
     """
 
     def __init__(self, spec):
         super().__init__(spec)
         inner = 3 * spec.rank // 4  # 4 * D * inner here = 3 * D * R in additive
         self.heads = max(1, inner // 64)
-        self.block = nn.ModuleDict({str(l): nn.ModuleDict({
-            "norm": nn.LayerNorm(spec.width), "q": nn.Linear(spec.width, inner, bias=False),
-            "kv": nn.Linear(spec.width, 2 * inner, bias=False), "o": nn.Linear(inner, spec.width, bias=False),
-        }) for l in spec.layers})
-        self.gate = nn.ParameterDict({str(l): nn.Parameter(torch.tensor(0.0)) for l in spec.layers})
+        self.block, self.gate = nn.ModuleDict(), nn.ParameterDict()
+        for layer in map(str, spec.layers):
+            self.block[layer] = nn.ModuleDict({
+                "norm": nn.LayerNorm(spec.width),
+                "q": nn.Linear(spec.width, inner, bias=False),
+                "kv": nn.Linear(spec.width, 2 * inner, bias=False),
+                "o": nn.Linear(inner, spec.width, bias=False)})
+            self.gate[layer] = nn.Parameter(torch.tensor(0.0))
 
     def prepare(self, tokens):
-        return {l: tuple(split_heads(x, self.heads) for x in self.block[str(l)]["kv"](tokens).chunk(2, -1))
-                for l in self.spec.layers}                               # K, V: (B, H, N, inner/H)
+        prepared = {}
+        for layer in self.spec.layers:                                   # K, V: (B, H, N, inner/H)
+            key, value = self.block[str(layer)]["kv"](tokens).chunk(2, -1)
+            prepared[layer] = [split_heads(x, self.heads) for x in (key, value)]
+        return prepared
 
     def change(self, layer, h, prepared, slots):
         block, (key, value) = self.block[str(layer)], prepared
@@ -338,21 +339,21 @@ class CrossAttention(Fusion):
         return h + torch.tanh(self.gate[str(layer)]) * read
 
     def gates(self):
-        return {l: self.gate[str(l)].tanh().item() for l in self.spec.layers}
+        return {layer: self.gate[str(layer)].tanh().item() for layer in self.spec.layers}
 
 
 class Unfreeze(CrossAttention):
-    """cross_attention plus the top decoder blocks trained. The blocks are copies, put in for the `with` block."""
+    """cross_attention, and copies of the top decoder blocks are trained in their place."""
 
     def __init__(self, spec):
         super().__init__(spec)
         self.top = None  # made by adopt(), which needs the decoder
 
     def adopt(self, decoder):
-        first = len(decoder.layers) - UNFREEZE_BLOCKS
-        # in float32, as all that is trained: small steps would be lost in bfloat16. Autocast computes as before
-        self.top = nn.ModuleDict({str(i): copy.deepcopy(decoder.layers[i]).float().requires_grad_(True)
-                                  for i in range(first, len(decoder.layers))})
+        depth, self.top = len(decoder.layers), nn.ModuleDict()
+        for i in range(depth - UNFREEZE_BLOCKS, depth):
+            # float32, as all that is trained: bfloat16 would lose small steps
+            self.top[str(i)] = copy.deepcopy(decoder.layers[i]).float().requires_grad_(True)
         return self
 
     def swap_in(self, decoder):
@@ -363,82 +364,94 @@ class Unfreeze(CrossAttention):
 
 
 class Concat(Fusion):
-    """N placeholder positions of the prompt are overwritten with the modality tokens at each layer.
+    """The prompt's N placeholders are overwritten with the modality tokens at each layer.
 
-    Layer 0 is the usual prefix, as LLaVA does with images (Liu et al. 2023), and SLAM-AAC or Pengi with sound.
-    `size` lets the tokens find the scale of the hidden states around them.
+    Layer 0 is the usual prefix, as LLaVA has it for images (Liu et al. 2023), and SLAM-AAC or
+    Pengi for audio. `size` lets the tokens find the scale of the hidden states around them.
     """
     has_gate = False
 
     def __init__(self, spec):
         super().__init__(spec)
         rank = 3 * spec.rank // 2  # 2 * D * rank here = 3 * D * R in additive
-        self.adapter = nn.ModuleDict({str(l): Residual(spec.width, rank, parts=1) for l in spec.layers})
-        self.size = nn.ParameterDict({str(l): nn.Parameter(torch.tensor(1.0)) for l in spec.layers})
+        self.adapter, self.size = nn.ModuleDict(), nn.ParameterDict()
+        for layer in map(str, spec.layers):
+            self.adapter[layer] = Residual(spec.width, rank, parts=1)
+            self.size[layer] = nn.Parameter(torch.tensor(1.0))
 
     def prepare(self, tokens):
-        return {l: tuple(self.adapter[str(l)](tokens)) for l in self.spec.layers}
+        return {layer: self.adapter[str(layer)](tokens) for layer in self.spec.layers}
 
     def change(self, layer, h, prepared, slots):
         if h.shape[1] == 1:
-            return h                                                     # a decoding step: the prompt is in the cache
+            return h                                                     # the prompt is cached
         (tokens,) = prepared
         if slots is None or slots.shape != tokens.shape[:2]:
-            raise FusionError(f"concat needs slots= of shape {tuple(tokens.shape[:2])}: the positions of the "
-                              f"prompt's placeholders; got {None if slots is None else tuple(slots.shape)}")
+            given = None if slots is None else tuple(slots.shape)
+            raise FusionError(f"concat needs slots= of shape {tuple(tokens.shape[:2])}: the "
+                              f"positions of the prompt's placeholders; got {given}")
         index = slots[..., None].expand_as(tokens)                       # (B, N, D)
-        # as large as the position before them, not as the placeholders, whose own states may be nearly zero
-        before = (slots[:, :1] - 1).clamp(min=0)[..., None].expand(-1, -1, h.shape[-1])   # (B, 1, D)
-        tokens = self.size[str(layer)] * loudness(h.gather(1, before)) * tokens
+        # scaled as the position before them; the placeholders' states may be nearly zero
+        before = (slots[:, :1] - 1).clamp(min=0)[..., None]              # (B, 1, 1)
+        before = h.gather(1, before.expand(-1, -1, h.shape[-1]))         # (B, 1, D)
+        tokens = self.size[str(layer)] * scale(before) * tokens
         return h.scatter(1, index, tokens.to(h.dtype))
 
 
-SYSTEMS = {"additive": Additive, "cross_attention": CrossAttention, "concat": Concat, "unfreeze": Unfreeze,
-           "data_only": DataOnly}
+SYSTEMS = {"additive": Additive, "cross_attention": CrossAttention, "concat": Concat,
+           "unfreeze": Unfreeze, "data_only": DataOnly}
 
 
 # ---------------------------------------------------------------- build, load, split
 
-def build(kind, decoder, *, encoder_width, layers, tokens=16, hidden=768, gate_init=0.05, modality="audio"):
-    """A new fusion of a kind in SYSTEMS for a decoder, freshly initialised from torch's global generator.
+def build(kind, decoder, *, encoder_width, layers, tokens=16, hidden=768, gate_init=0.05,
+          modality="audio"):
+    """A new fusion of a kind in SYSTEMS, initialised from torch's global generator.
 
-    The adapters' rank follows the decoder's width (256 at 4096) so that the systems' budgets match at any width.
+    The adapters' rank follows the decoder's width (256 at 4096), so that the systems' numbers
+    of parameters match at any width. Raises FusionError, naming the flag that does not fit.
     """
     if kind not in SYSTEMS:
         raise FusionError(f"no system called {kind!r}: one of {', '.join(SYSTEMS)}")
     backbone = describe_backbone(decoder)
-    layers = sorted(set(layers))
-    if not layers or layers[0] < 0 or layers[-1] >= backbone["depth"]:
-        raise FusionError(f"--layers {' '.join(map(str, layers))}: this decoder has layers 0 to {backbone['depth'] - 1}")
-    if kind == "unfreeze" and backbone["depth"] <= UNFREEZE_BLOCKS:
-        raise FusionError(f"unfreeze trains the top {UNFREEZE_BLOCKS} blocks, this decoder has {backbone['depth']}")
+    layers, depth = sorted(set(layers)), backbone["depth"]
+    if not layers or layers[0] < 0 or layers[-1] >= depth:
+        raise FusionError(f"--layers {' '.join(map(str, layers))}: this decoder has layers 0 to "
+                          f"{depth - 1}")
+    if kind == "unfreeze" and depth <= UNFREEZE_BLOCKS:
+        raise FusionError(f"unfreeze trains the top {UNFREEZE_BLOCKS} blocks, this decoder has "
+                          f"{depth}")
     rank = max(64, backbone["width"] // 16)
-    return _make(Spec(kind, layers, tokens, hidden, encoder_width, gate_init, rank, modality, backbone), decoder)
+    return _make(Spec(kind, layers, tokens, hidden, encoder_width, gate_init, rank, modality,
+                      backbone), decoder)
 
 
 def _make(spec, decoder):
     fusion = SYSTEMS[spec.kind](spec)
-    if isinstance(fusion, Unfreeze):
-        fusion.adopt(decoder)
-    return fusion
+    return fusion.adopt(decoder) if isinstance(fusion, Unfreeze) else fusion
 
 
 def load(folder, decoder):
-    """The fusion saved in a folder, for the decoder it belongs to. Raises FusionError, naming what differs."""
+    """The fusion saved in a folder, for its decoder. Raises FusionError, naming what differs."""
     folder = Path(folder)
+    weights = folder / "fusion.safetensors"
     try:
         spec = Spec(**json.loads((folder / "fusion.json").read_text()))
         check_backbone(spec.backbone, describe_backbone(decoder))
         fusion = _make(spec, decoder)
-        with safe_open(folder / "fusion.safetensors", "pt") as file:
-            tensors, written = {k: file.get_tensor(k) for k in file.keys()}, (file.metadata() or {}).get("sha256")
-        if written not in (None, digest(tensors)):  # one turned bit would be a slightly other model
-            raise FusionError(f"{folder / 'fusion.safetensors'}: damaged, its tensors are not those that were saved")
+        with safe_open(weights, "pt") as file:
+            tensors = {k: file.get_tensor(k) for k in file.keys()}
+            written = (file.metadata() or {}).get("sha256")
+        if written not in (None, digest(tensors)):  # one flipped bit is another model
+            raise FusionError(f"{weights}: damaged, its tensors are not those that were saved")
         fusion.load_state_dict(tensors)
     except FileNotFoundError as e:
-        raise FusionError(f"{e.filename}: no such file; a checkpoint is fusion.safetensors beside fusion.json") from e
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, RuntimeError) as e:
-        raise FusionError(f"{folder}: not a fusion checkpoint ({' '.join(str(e).split())[:200]})") from e
+        raise FusionError(f"{e.filename}: no such file; a checkpoint is fusion.safetensors "
+                          "beside fusion.json") from e
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError,
+            RuntimeError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise FusionError(f"{folder}: not a fusion checkpoint ({reason})") from e
     return fusion
 
 
@@ -501,15 +514,16 @@ def pad_frames(frames):
 def split(decoder, k):
     """Two views of a decoder that share its weights: (trunk, head).
 
-    trunk: embeddings and blocks below k, no final norm. head: blocks from k and the norm, fed by `inputs_embeds`.
-    head(inputs_embeds=trunk(ids)) is the whole decoder, so frozen layers below the first fusion need to run once.
-    The views share the block objects, so an `attach` on the decoder is active in the head too; layers of a fusion
-    keep their numbers. Use them with use_cache=False: the blocks' cache positions are those of the whole.
+    trunk: embeddings and blocks below k, no final norm. head: blocks from k and the norm, fed
+    by `inputs_embeds`. head(inputs_embeds=trunk(ids)) is the whole decoder, so frozen layers
+    below the first fusion need to run once. An `attach` on the decoder is active in the views
+    too; layers keep their numbers. Use them with use_cache=False: the blocks' cache positions
+    are those of the whole.
     """
-    depth = len(decoder.layers)
-    norm = next((n for n in ("norm", "final_layer_norm", "final_layernorm") if n in decoder._modules), None)
+    names = ("norm", "final_layer_norm", "final_layernorm")
+    norm = next((name for name in names if name in decoder._modules), None)
     if norm is None:
-        raise FusionError(f"{type(decoder).__name__}: no final norm found to split before")
+        raise FusionError(f"{type(decoder).__name__}: has no final norm to split before")
 
     def view(blocks):
         part = copy.copy(decoder)
@@ -517,11 +531,12 @@ def split(decoder, k):
         part.layers = nn.ModuleList(decoder.layers[i] for i in blocks)
         part.config = copy.deepcopy(decoder.config)
         part.config.num_hidden_layers = len(blocks)
-        if getattr(decoder.config, "layer_types", None):                 # sliding or full attention, by block
-            part.config.layer_types = [decoder.config.layer_types[i] for i in blocks]
+        types = getattr(decoder.config, "layer_types", None)             # sliding or full
+        if types:
+            part.config.layer_types = [types[i] for i in blocks]
         return part
 
-    trunk, head = view(range(k)), view(range(k, depth))
+    trunk, head = view(range(k)), view(range(k, len(decoder.layers)))
     trunk._modules[norm] = nn.Identity()
     return trunk, head
 
@@ -533,36 +548,37 @@ def count_parameters(module):
 def demo():
     try:
         import torchaudio  # noqa: F401  transformers imports it where it is installed...
-    except OSError:        # ...and its PyPI wheel wants CUDA's libraries: go without its compiled half
+    except (OSError, RuntimeError):  # ...and its wheel wants its own CUDA: use its Python half
         sys.modules["torchaudio._extension.utils"]._load_lib = lambda _: False
     except ImportError:
         pass
     from transformers import LlamaConfig, LlamaModel
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=8,
-                         num_attention_heads=4, num_key_value_heads=4)
-    decoder = LlamaModel(config).eval().requires_grad_(False)
+    decoder = LlamaModel(LlamaConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=8,
+        num_attention_heads=4, num_key_value_heads=4)).eval().requires_grad_(False)
     ids, frames = torch.randint(100, (3, 20)), torch.randn(3, 12, 32)
     slots = torch.arange(2, 10).expand(3, -1)
-    print(f"{'system':16s} {'trainable':>10s} {'gates closed':>13s} {'at the start':>13s} {'after the block':>16s}")
+    print("largest change of the decoder's output")
+    print(f"{'system':16s} {'trainable':>9s} {'gates closed':>13s} {'at the start':>13s} "
+          f"{'after the block':>16s}")
+
+    def change():
+        return f"{(decoder(ids).last_hidden_state - before).abs().max().item():.2g}"
+
     with torch.no_grad():
         before = decoder(ids).last_hidden_state
         for kind in SYSTEMS:
             audio = build(kind, decoder, encoder_width=32, layers=[3, 6], tokens=8, hidden=64)
-
-            def difference():
-                with audio.attach(decoder, frames, slots=slots):
-                    return f"{(decoder(ids).last_hidden_state - before).abs().max().item():.2g}"
-
-            start, closed = difference(), "no gate"
-            if audio.has_gate:
-                audio.set_gates(0.0)
-                closed = difference()
+            with audio.attach(decoder, frames, slots=slots):
+                start, closed = change(), "no gate"
+                if audio.has_gate:
+                    audio.set_gates(0.0)
+                    closed = change()
             hooks = sum(len(m._forward_pre_hooks) for m in decoder.modules())
-            after = (decoder(ids).last_hidden_state - before).abs().max().item()
-            print(f"{kind:16s} {count_parameters(audio):10,d} {closed:>13s} {start:>13s} "
-                  f"{f'{after:.2g}, {hooks} hooks':>16s}")
-    print("\nLargest change of the decoder's output. cross_attention starts with closed gates, concat has none.")
+            print(f"{kind:16s} {count_parameters(audio):9,d} {closed:>13s} {start:>13s} "
+                  f"{f'{change()}, {hooks} hooks':>16s}")
+    print("note: cross_attention starts with closed gates, concat has none")
 
 
 if __name__ == "__main__":
