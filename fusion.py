@@ -288,7 +288,8 @@ class Additive(Fusion):
         query = F.rms_norm(h.to(key.dtype), h.shape[-1:])
         query = split_heads(query, self.spec.heads)                      # (B, H, T, D/H)
         read = merge_heads(F.scaled_dot_product_attention(query, key, value))  # (B, T, D)
-        return h + self.gate[str(layer)] * READ_SCALE * scale(h) * read
+        h = h.float()  # bfloat16 would move alpha in steps; the hook rounds once
+        return h + self.gate[str(layer)] * READ_SCALE * scale(h) * read.float()
 
     def gates(self):
         return {layer: self.gate[str(layer)].item() for layer in self.spec.layers}
@@ -336,7 +337,7 @@ class CrossAttention(Fusion):
         block, (key, value) = self.block[str(layer)], prepared
         query = split_heads(block["q"](block["norm"](h.to(key.dtype))), self.heads)
         read = block["o"](merge_heads(F.scaled_dot_product_attention(query, key, value)))
-        return h + torch.tanh(self.gate[str(layer)]) * read
+        return h.float() + torch.tanh(self.gate[str(layer)]) * read.float()
 
     def gates(self):
         return {layer: self.gate[str(layer)].tanh().item() for layer in self.spec.layers}

@@ -174,8 +174,14 @@ class Tree:
 
     def logprobs(self, hidden, lm_head, temperature=1.0):
         """log p of every sampled token, (B * K, T), from the decoder's states (B, L, D)."""
-        logits = lm_head(hidden.flatten(0, 1)[self.position]) / temperature  # (draws, V)
-        return -F.cross_entropy(logits.float(), self.token, reduction="none")[self.path]
+        logits = policy_logits(hidden.flatten(0, 1)[self.position], lm_head, temperature)
+        return -F.cross_entropy(logits, self.token, reduction="none")[self.path]
+
+
+def policy_logits(hidden, lm_head, temperature):
+    """Logits of the policy, (..., D) -> (..., V), in float32: at a low temperature bfloat16
+    would make the sampled policy and the learned one differ."""
+    return lm_head(hidden).float() / temperature
 
 
 @torch.no_grad()
@@ -210,7 +216,7 @@ def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, limit, temperature=1
             if fusion is not None:
                 fusion.row_to_clip = clip
             out = decoder(input_ids=tokens, past_key_values=cache, use_cache=True)
-            logits = lm_head(out.last_hidden_state[:, -1]).float() / temperature
+            logits = policy_logits(out.last_hidden_state[:, -1], lm_head, temperature)
             pairs, pair = torch.unique(_draw(logits.softmax(-1), row), return_inverse=True)
             parent, token = pairs // logits.shape[1], pairs % logits.shape[1]
             path = torch.full((B * K,), -1, device=device)

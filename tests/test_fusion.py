@@ -395,6 +395,24 @@ def test_what_does_not_fit_is_refused(llama):
         llama(ids)
 
 
+@pytest.mark.parametrize("kind", GATED)
+def test_bfloat16_rounds_the_sum_once(llama, kind):
+    """A gate a little wider is a change a little larger, not the next step of bfloat16."""
+    torch.manual_seed(0)
+    h, tokens = torch.randn(2, 5, llama.config.hidden_size).bfloat16(), torch.randn(2, 8, llama.config.hidden_size)
+    fusion, layer = make(kind, decoder_of(llama)), 2
+    changed = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        prepared = fusion.prepare(tokens)[layer]
+        for gate in (0.0500, 0.0501):
+            fusion.set_gates(gate)
+            changed.append(fusion.change(layer, h, prepared, None))
+    assert changed[0].dtype == torch.float32                      # what the hook rounds
+    deltas = [c - h.float() for c in changed]
+    ratio = (deltas[1].norm() / deltas[0].norm()).item()
+    assert ratio == pytest.approx(0.0501 / 0.0500, rel=1e-4)
+
+
 def test_alone_in_an_empty_folder(tmp_path):
     shutil.copy(ROOT / "fusion.py", tmp_path)
     out = python("fusion.py", cwd=tmp_path).stdout
