@@ -31,6 +31,7 @@ class CiderD:
     def __init__(self, corpus, end=False):
         if not corpus or not all(corpus):
             raise ValueError("CIDEr-D needs at least one clip, and a reference for each")
+        self.corpus = corpus
         self._end, self._unseen = f" {END}" if end else "", math.log(len(corpus))
         self._words, self._known, self._rarity = {}, [], []  # numbers of words; of n = 1..4 the n-grams, and their idf
         clip = torch.arange(len(corpus)).repeat_interleave(torch.tensor([len(r) for r in corpus]))
