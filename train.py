@@ -14,15 +14,15 @@ import evaluate
 from data import InputError, write_json
 
 import argparse
-import itertools
 import json
 import math
 import os
 import shutil
 import subprocess
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -31,69 +31,62 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.nn.functional import all_gather
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import fusion as fusions
 import scst
 
 TRUNK_IN_MEMORY = 4 << 30  # bytes; larger trunk states go to a memory-mapped file
+RANK = int(os.environ.get("RANK", 0))  # number of this process; torchrun sets it
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # number of processes
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
     # the system
-    p.add_argument("--fusion", default="additive", choices=list(fusions.SYSTEMS),
-                   help="how the modality enters the decoder")
-    p.add_argument("--layers", type=int, nargs="+", default=[12, 24],
-                   help="decoder layers that are fused, counted from 0")
-    p.add_argument("--tokens", type=int, default=16, help="modality tokens a clip")
-    p.add_argument("--hidden", type=int, default=768, help="inner width of the projector")
-    p.add_argument("--gate-init", type=float, default=0.05, help="initial gates of additive")
-    p.add_argument("--modality", default="audio", choices=["audio", "video"], help="of the encoder")
-    # models and data
-    p.add_argument("--dataset", default="audiocaps", choices=["audiocaps", "clotho", "av"],
-                   help="layout of --data")
-    p.add_argument("--data", required=True, help="folder of the dataset, as released")
-    p.add_argument("--llava", default="llava-hf/llava-1.5-7b-hf",
-                   help="frozen backbone: folder or hub name")
-    p.add_argument("--encoder", default="laion/clap-htsat-unfused",
-                   help="frozen encoder: folder or hub name")
-    p.add_argument("--init", metavar="RUN", help="start from the fusion of a finished run")
-    p.add_argument("--beside", metavar="RUN",
-                   help="attach the frozen fusion of a finished run of another modality too")
-    p.add_argument("--limit", type=int, default=0, help="train on the first clips only, 0 = all")
-    # output
-    p.add_argument("--out", required=True, help="the run's folder")
-    p.add_argument("--cache", help="encoder features; default: cache/ next to the run's folder")
+    add("--fusion", default="additive", choices=list(fusions.SYSTEMS), help="how the modality enters")
+    add("--layers", type=int, nargs="+", default=[12, 24], help="fused decoder layers, counted from 0")
+    add("--tokens", type=int, default=16, help="modality tokens a clip")
+    add("--hidden", type=int, default=768, help="inner width of the projector")
+    add("--gate-init", type=float, default=0.05, help="initial gates of additive")
+    add("--modality", default="audio", choices=["audio", "video"], help="of the encoder")
+    # models, data and output
+    add("--dataset", default="audiocaps", choices=["audiocaps", "clotho", "av"], help="layout of --data")
+    add("--data", required=True, help="folder of the dataset, as released")
+    add("--llava", default="llava-hf/llava-1.5-7b-hf", help="frozen backbone: folder or hub name")
+    add("--encoder", default="laion/clap-htsat-unfused", help="frozen encoder: folder or hub name")
+    add("--init", metavar="RUN", help="start from the fusion of a finished run")
+    add("--beside", metavar="RUN", help="also attach the frozen fusion of a run of another modality")
+    add("--limit", type=int, default=0, help="train on the first clips only, 0 = all")
+    add("--out", required=True, help="the run's folder")
+    add("--cache", help="encoder features; default: cache/ next to the run's folder")
     # optimisation
-    p.add_argument("--steps", type=int, default=1000, help="maximum of XE steps")
-    p.add_argument("--batch-size", type=int, default=512, help="clips a step, of all processes")
-    p.add_argument("--micro-batch", type=int, default=32, help="clips a pass, of all processes")
-    p.add_argument("--lr", type=float, default=2e-4, help="peak rate of the projector")
-    p.add_argument("--lr-adapter", type=float, default=1e-4,
-                   help="peak rate of adapters, gates and unfrozen blocks")
-    p.add_argument("--weight-decay", type=float, default=0.01, help="on matrices")
-    p.add_argument("--warmup", type=float, default=0.03, help="fraction of the steps")
-    p.add_argument("--clip", type=float, default=1.0, help="maximum gradient norm")
-    p.add_argument("--contrastive", type=float, default=0.0,
-                   help="weight of the CLAP-contrastive term, 0 = off")
-    p.add_argument("--gate-l2", type=float, default=1e-4, help="weight of the squared gates")
+    add("--steps", type=int, default=1000, help="maximum of XE steps")
+    add("--batch-size", type=int, default=512, help="clips a step, of all processes")
+    add("--micro-batch", type=int, default=32, help="clips a pass, of all processes")
+    add("--lr", type=float, default=2e-4, help="peak rate of the projector")
+    add("--lr-adapter", type=float, default=1e-4, help="peak rate of adapters, gates, unfrozen blocks")
+    add("--weight-decay", type=float, default=0.01, help="on matrices")
+    add("--warmup", type=float, default=0.03, help="fraction of the steps")
+    add("--clip", type=float, default=1.0, help="maximum gradient norm")
+    add("--contrastive", type=float, default=0.0, help="weight of the CLAP-contrastive term, 0 = off")
+    add("--gate-l2", type=float, default=1e-4, help="weight of the squared gates")
     # validation and SCST
-    p.add_argument("--eval-every", type=int, default=0, help="steps, 0 = an epoch")
-    p.add_argument("--patience", type=int, default=2,
-                   help="validations without improvement before training stops")
-    p.add_argument("--scst", default="off", choices=["off", "auto", "now"],
-                   help="self-critical training from the best XE checkpoint: at XE's plateau, "
-                        "or at once")
-    p.add_argument("--scst-steps", type=int, default=500, help="maximum of SCST steps")
-    p.add_argument("--scst-samples", type=int, default=5, help="K, samples a clip")
-    p.add_argument("--scst-temperature", type=float, default=1.0,
-                   help="of the policy that is sampled and trained")
-    p.add_argument("--scst-lr", type=float, default=1e-5, help="peak rate of SCST")
+    add("--eval-every", type=int, default=0, help="steps, 0 = an epoch")
+    add("--patience", type=int, default=2, help="validations without improvement that end a stage")
+    add("--scst", default="off", choices=["off", "auto", "now"],
+        help="self-critical training from the best XE checkpoint: at XE's plateau, or at once")
+    add("--scst-steps", type=int, default=500, help="maximum of SCST steps")
+    add("--scst-samples", type=int, default=5, help="K, samples a clip")
+    add("--scst-temperature", type=float, default=1.0, help="of the policy that is trained")
+    add("--scst-lr", type=float, default=1e-5, help="peak rate of SCST")
     # the machine
-    p.add_argument("--seed", type=int, default=0, help="of initialisation, data order, samples")
-    p.add_argument("--device", default=data.default_device(), help="cpu, cuda or cuda:1")
+    add("--seed", type=int, default=0, help="of initialisation, data order, samples")
+    add("--device", default=data.default_device(), help="cpu, cuda or cuda:1")
     args = p.parse_args(argv)
 
     args.layers = sorted(set(args.layers))
@@ -108,8 +101,9 @@ def parse_args(argv=None):
         p.error("--beside is for cross-entropy: it needs --scst off")
     args.micro_batch = min(args.micro_batch, args.batch_size)
     if args.batch_size % args.micro_batch:
-        p.error(f"--batch-size {args.batch_size} must be a multiple of "
-                f"--micro-batch {args.micro_batch}")
+        p.error(f"--batch-size {args.batch_size} must be a multiple of --micro-batch {args.micro_batch}")
+    if args.micro_batch % WORLD:
+        p.error(f"--micro-batch {args.micro_batch} must be a multiple of the {WORLD} processes")
     # the same prompt for all systems that learn from the same captions
     video = args.modality == "video" or args.dataset == "av"
     args.prompt = data.VIDEO_PROMPT if video else data.SOUND_PROMPT
@@ -121,20 +115,18 @@ def parse_args(argv=None):
 
 def caption_loss(logits, targets):
     """Summed cross-entropy of logits (B, T, V) on targets (B, T), -100 where padded."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100,
-                           reduction="sum")
+    logits = logits.float().flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
 
 
 def info_nce(audio, text, log_temperature, clip):
-    """Symmetric InfoNCE of audio and text vectors, both (B, P). Radford et al. 2021.
+    """Symmetric InfoNCE of audio and text vectors, both (B, E). Radford et al. 2021.
 
-    clip (B,): the clip of each row. Another caption of the same clip is no negative: such
-    pairs are left out of the denominator.
+    clip (B,): the clip of each row. Another caption of the same clip is no negative.
     """
     similarity = F.normalize(audio, dim=-1) @ F.normalize(text, dim=-1).T
     logits = similarity / log_temperature.exp()                               # (B, B)
-    itself = torch.eye(len(clip), dtype=torch.bool, device=clip.device)
-    same_clip = (clip[:, None] == clip[None]) & ~itself
+    same_clip = (clip[:, None] == clip[None]).fill_diagonal_(False)
     logits = logits.masked_fill(same_clip, float("-inf"))
     target = torch.arange(len(clip), device=clip.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -149,8 +141,6 @@ class ContrastiveHead(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
 
 
-# ---------------------------------------------------------------- what a step needs
-
 @dataclass
 class Model:
     """What a training step needs of the model."""
@@ -162,41 +152,34 @@ class Model:
     head: nn.Module             # the decoder from split_layer up
     split_layer: int            # the first layer with anything trained or fused
     prompt: list                # token ids that all captions share, P of them
-    slots: torch.Tensor | None  # (N,), positions of concat's placeholders
+    slots: list | None          # positions of concat's placeholders, N of them
 
     def attach(self, clips):
-        """Fuse these training clips into the decoder; yields {modality: tokens}."""
-        slots = None if self.slots is None else self.slots.expand(len(clips), -1)
+        """Fuse these training clips into the decoder; yields {modality: tokens (B, N, D)}."""
+        slots = self.slots and torch.tensor([self.slots] * len(clips), device=self.backbone.device)
         return fusions.attach_branches(self.backbone.decoder, self.branches, clips, slots)
 
-    def modules(self):
-        return {"fusion": self.fusion, "contrast": self.contrast}
+    def trained(self):
+        """All that has trainable weights."""
+        return nn.ModuleDict({"fusion": self.fusion, "contrast": self.contrast})
 
 
 @dataclass
-class CaptionBatch:
-    """One process's share of a micro-batch of cross-entropy."""
-    clips: list                      # training clips, one a row
-    states: torch.Tensor             # (B, P + T, D), prompt and caption behind the trunk
-    targets: torch.Tensor            # (B, T), -100 where nothing is learned
-    tokens: int                      # caption tokens of the whole step
-    parts: int                       # micro-batches of a step times processes
-    text: torch.Tensor | None        # CLAP's caption embeddings, of all processes
-    text_clips: torch.Tensor | None  # the clip of each
-
-
-@dataclass
-class ClipBatch:
-    """One process's share of a micro-batch of SCST."""
-    clips: list
-    references: list  # of each clip, tokenised
-    seed: int
-    limit: int        # tokens of a sample
-    parts: int
+class Batch:
+    """One process's share of a micro-batch: B clips, and for cross-entropy a caption of each."""
+    clips: list                             # training clips by number, one a row
+    parts: int                              # micro-batches of a step times processes
+    states: torch.Tensor | None = None      # (B, P + T, D), prompt and caption behind the trunk
+    targets: torch.Tensor | None = None     # (B, T), -100 where nothing is learned
+    tokens: int = 0                         # learned tokens of the whole step
+    text: torch.Tensor | None = None        # CLAP's caption embeddings, of all processes
+    text_clips: torch.Tensor | None = None  # the clip of each
+    seed: int = 0                           # of SCST's samples
+    limit: int = 0                          # tokens of such a sample
 
 
 def xe_loss(model, batch, args):
-    """Loss of one CaptionBatch, and its terms {"xe", "contrastive"}.
+    """Loss of one Batch of captions, and its terms {"xe", "contrastive"}.
 
     loss = cross-entropy a caption token of the step
          + args.contrastive * InfoNCE(mean modality token, CLAP's caption embedding)
@@ -214,7 +197,9 @@ def xe_loss(model, batch, args):
     terms = {"xe": xe.detach(), "contrastive": 0.0}
     if args.contrastive:
         mean_token = tokens[args.modality].float().mean(1)                    # (B, D)
-        audio = gather_with_gradient(model.contrast.linear(mean_token))
+        audio = model.contrast.linear(mean_token)
+        if WORLD > 1:
+            audio = torch.cat(all_gather(audio))  # of all processes, with gradient
         nce = info_nce(audio, batch.text, model.contrast.log_temperature, batch.text_clips)
         loss = loss + args.contrastive * (nce / batch.parts)
         terms["contrastive"] = nce.detach() / batch.parts
@@ -222,7 +207,7 @@ def xe_loss(model, batch, args):
 
 
 def scst_loss(model, batch, reward, args):
-    """Self-critical loss of one ClipBatch, and its terms {"reward", "distinct"}.
+    """Self-critical loss of one Batch of clips, and its terms {"reward", "distinct"}.
 
     K samples a clip are drawn as a tree, rewarded, and passed once through the layers above the
     trunk; a sample's baseline is the mean reward of the clip's others. reward: scst.CiderD.
@@ -233,21 +218,20 @@ def scst_loss(model, batch, reward, args):
     prompt = torch.tensor([model.prompt] * B, device=backbone.device)
     torch.manual_seed(batch.seed)
     with torch.no_grad(), backbone.autocast(), model.attach(batch.clips):
-        tree = scst.sample_tree(
-            backbone.decoder, lm_head, prompt, K, layer=model.split_layer, eos=backbone.eos,
-            limit=batch.limit, temperature=temperature, fusion=model.fusion)
+        tree = scst.sample_tree(backbone.decoder, lm_head, prompt, K, layer=model.split_layer,
+                                eos=backbone.eos, limit=batch.limit, temperature=temperature,
+                                fusion=model.fusion)
     samples = tree.samples()
     captions = [scst.words(backbone.text(s)) for s in samples]
     ended = [s[-1] == backbone.eos for s in samples]
-    references = [r for r in batch.references for _ in range(K)]
-    rewards = reward.score_many(captions, references, ended).float()
-    rewards = rewards.view(B, K).to(backbone.device)
+    references = [reward.corpus[clip] for clip in batch.clips for _ in range(K)]
+    rewards = reward.score_many(captions, references, ended).float().view(B, K).to(backbone.device)
     with backbone.autocast(), model.attach(batch.clips):
         out = model.head(inputs_embeds=tree.states, position_ids=tree.position_ids,
                          attention_mask=tree.attention_mask, use_cache=False)
         logprobs = tree.logprobs(out.last_hidden_state, lm_head, temperature)
-    loss = scst.scst_loss(logprobs.view(B, K, -1), tree.mask.view(B, K, -1),
-                          scst.leave_one_out(rewards))
+    logprobs, mask = logprobs.view(B, K, -1), tree.mask.view(B, K, -1)
+    loss = scst.scst_loss(logprobs, mask, scst.leave_one_out(rewards))
     loss = loss + args.gate_l2 * model.fusion.gate_penalty()
     distinct = len(tree.token) / int(tree.mask.sum())
     terms = {"reward": rewards.mean() / batch.parts, "distinct": distinct / batch.parts}
@@ -259,32 +243,31 @@ def scst_loss(model, batch, reward, args):
 class TrunkStates:
     """The training captions' states behind the frozen trunk, computed once.
 
-    The prompt's states (P, D) are shared; the captions' (T, D) lie packed in memory, or in a
-    memory-mapped file in `folder`. captions: token ids; unlearned[i]: how many of captions[i]
+    The prompt's states (P, D) are shared; the captions' (T, D) lie packed in memory, or mapped to
+    a file in `folder`, which must exist. captions: token ids; the first unlearned[i] of captions[i]
     are a question and not learned.
     """
 
     def __init__(self, backbone, trunk, prompt, captions, unlearned, folder):
-        self.ids, self.unlearned, self.device = captions, unlearned, backbone.device
-        self.start = [0, *itertools.accumulate(map(len, captions))]
-        D, dtype = backbone.decoder.config.hidden_size, backbone.llava.dtype
-        total, P = self.start[-1], len(prompt)
-        if total * D * dtype.itemsize <= TRUNK_IN_MEMORY:
-            self.states = torch.empty(total, D, dtype=dtype)
+        self.ids, self.device = captions, backbone.device
+        self.targets = [[-100] * n + ids[n:] for ids, n in zip(captions, unlearned)]
+        self.learned = [len(ids) - n for ids, n in zip(captions, unlearned)]  # tokens
+        self.start = [0, *accumulate(map(len, captions))]
+        P, D, dtype = len(prompt), backbone.decoder.config.hidden_size, backbone.llava.dtype
+        size = self.start[-1] * D
+        if size * dtype.itemsize <= TRUNK_IN_MEMORY:
+            states = torch.empty(size, dtype=dtype)
         else:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = str(folder / f"trunk{dist_rank()}.bin")
-            flat = torch.from_file(path, shared=True, size=total * D, dtype=dtype)
-            self.states = flat.view(total, D)
+            path = str(folder / f"trunk{RANK}.bin")
+            states = torch.from_file(path, shared=True, size=size, dtype=dtype)
+        self.states = states.view(-1, D)
         order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
         batches = [order[i:i + 128] for i in range(0, len(order), 128)]
         with torch.inference_mode(), backbone.autocast():
             for batch in tqdm(batches, desc="trunk states", unit="batch", leave=False):
-                T = max(len(captions[i]) for i in batch)
-                rows = [prompt + captions[i] + [backbone.pad] * (T - len(captions[i]))
-                        for i in batch]
-                rows = torch.tensor(rows, device=backbone.device)
-                hidden = trunk(input_ids=rows, use_cache=False).last_hidden_state
+                rows = [torch.tensor(prompt + captions[i]) for i in batch]
+                rows = pad_sequence(rows, batch_first=True, padding_value=backbone.pad)
+                hidden = trunk(input_ids=rows.to(self.device), use_cache=False).last_hidden_state
                 for h, i in zip(hidden, batch):
                     self.states[self.start[i]:self.start[i + 1]] = h[P:P + len(captions[i])]
                 # the same in every row: attention is causal
@@ -292,27 +275,18 @@ class TrunkStates:
 
     def batch(self, captions):
         """Captions by number -> states (B, P + T, D), targets (B, T), -100 where padded."""
-        P, T = len(self.prompt_states), max(len(self.ids[i]) for i in captions)
-        states = self.states.new_zeros(len(captions), P + T, self.states.shape[1])
-        targets = torch.full((len(captions), T), -100)
-        for row, i in enumerate(captions):
-            ids, skip = self.ids[i], self.unlearned[i]
-            states[row, P:P + len(ids)] = self.states[self.start[i]:self.start[i + 1]]
-            targets[row, skip:len(ids)] = torch.tensor(ids[skip:])
-        states = states.to(self.device, non_blocking=True)
-        states[:, :P] = self.prompt_states
+        states = [self.states[self.start[i]:self.start[i + 1]] for i in captions]
+        states = pad_sequence(states, batch_first=True).to(self.device, non_blocking=True)
+        states = torch.cat([self.prompt_states.expand(len(captions), -1, -1), states], 1)
+        targets = [torch.tensor(self.targets[i]) for i in captions]
+        targets = pad_sequence(targets, batch_first=True, padding_value=-100)
         return states, targets.to(self.device, non_blocking=True)
-
-    def learned(self, caption):
-        """How many tokens of a caption are learned."""
-        return len(self.ids[caption]) - self.unlearned[caption]
 
 
 class Order:
-    """The data order, a function of the seed and the step: it needs no saving."""
+    """The data order, a function of the seed and the step. references: how many each clip has."""
 
     def __init__(self, references, seed):
-        """references: how many each clip has."""
         self.references, self.seed, self.epoch = references, seed, None
 
     def step(self, step, size):
@@ -330,11 +304,8 @@ class Order:
         return batch
 
 
-class TrainingCaptions:
-    """The training clips' captions, and the micro-batches of each step.
-
-    prompts: token ids, one a clip; encoder: CLAP, for the contrastive term.
-    """
+class TrainingCaptions(TrunkStates):
+    """The training clips' captions, and the batches of each step. prompts: token ids, one a clip."""
 
     def __init__(self, model, clips, prompts, encoder, args):
         P, ids, unlearned = len(model.prompt), [], []
@@ -343,100 +314,41 @@ class TrainingCaptions:
                 answer = model.backbone.caption_ids(clip.question or args.prompt, reference)
                 ids.append(prompt[P:] + answer)
                 unlearned.append(len(prompt) - P)
-        self.states = TrunkStates(model.backbone, model.trunk, model.prompt, ids, unlearned,
-                                  Path(args.out) / "state")
-        self.references = [[scst.words(r) for r in c.references] for c in clips]
-        self.clips, counts = clips, [len(c.references) for c in clips]
-        self.first = [0, *itertools.accumulate(counts)]  # number of a clip's first caption
-        self.order, self.embeds = Order(counts, args.seed), None
+        folder = Path(args.out) / "state"
+        super().__init__(model.backbone, model.trunk, model.prompt, ids, unlearned, folder)
+        counts = [len(clip.references) for clip in clips]
+        self.clips, self.order = clips, Order(counts, args.seed)
+        self.first = [0, *accumulate(counts)]  # number of a clip's first caption
         if args.contrastive:
             self.embeds = encoder.embed_text([r for clip in clips for r in clip.references])
         # a sample longer than any training caption is lost already
-        longest = max(map(self.states.learned, range(len(ids))))
-        self.limit = min(longest, evaluate.MAX_NEW_TOKENS)
+        self.limit = min(max(self.learned), evaluate.MAX_NEW_TOKENS)
 
-    def xe_batches(self, step, args):
-        """The CaptionBatches of a step for this process."""
-        batch = [(self.first[clip] + reference, clip)
-                 for clip, reference in self.order.step(step, args.batch_size)]
-        tokens = sum(self.states.learned(caption) for caption, _ in batch)
-        batch.sort(key=lambda row: len(self.states.ids[row[0]]))  # little padding
-        for part, mine, parts in micro_batches(batch, args):
-            captions, clips = zip(*mine)
-            text = text_clips = None
-            if self.embeds is not None:
-                all_captions, all_clips = zip(*part)
-                text = self.embeds[list(all_captions)].to(self.states.device)
-                text_clips = torch.tensor(all_clips, device=self.states.device)
-            yield CaptionBatch(clips, *self.states.batch(captions), tokens, parts, text, text_clips)
-
-    def scst_batches(self, step, args):
-        """The ClipBatches of a step for this process."""
-        batch = [clip for clip, _ in self.order.step(step, args.batch_size)]
-        for k, (_, mine, parts) in enumerate(micro_batches(batch, args)):
-            seed = ((args.seed * 1_000_003 + step) * 1009 + k) * 97 + dist_rank()
-            yield ClipBatch(mine, [self.references[c] for c in mine], seed, self.limit, parts)
-
-
-def micro_batches(batch, args):
-    """For each micro-batch: its rows, this process's rows, and the number of parts."""
-    size = args.micro_batch // dist_world()
-    parts = args.batch_size // args.micro_batch * dist_world()
-    for i in range(0, args.batch_size, args.micro_batch):
-        part = batch[i:i + args.micro_batch]
-        yield part, part[dist_rank() * size:(dist_rank() + 1) * size], parts
-
-
-# ---------------------------------------------------------------- several processes
-
-def dist_rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def dist_world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier():
-    if dist_world() > 1:
-        dist.barrier()
-
-
-def gather_with_gradient(x):
-    if dist_world() == 1:
-        return x
-    from torch.distributed.nn.functional import all_gather
-    return torch.cat(all_gather(x))
-
-
-def sum_over_ranks(tensors):
-    if dist_world() > 1:
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(part.view_as(t))
-
-
-def start_processes(args):
-    """Join torchrun's processes, if there are several."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.micro_batch % world:
-        raise InputError(f"--micro-batch {args.micro_batch} must be a multiple of "
-                         f"the {world} processes")
-    if world > 1:
-        cuda = args.device.startswith("cuda")
-        dist.init_process_group("nccl" if cuda else "gloo")
-        if cuda:
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
+    def batches(self, stage, step, args):
+        """This process's Batches of a step of "xe" or "scst"."""
+        rows = [(clip, self.first[clip] + reference)
+                for clip, reference in self.order.step(step, args.batch_size)]
+        tokens = sum(self.learned[caption] for _, caption in rows)
+        if stage == "xe":
+            rows.sort(key=lambda row: len(self.ids[row[1]]))  # little padding
+        size = args.micro_batch // WORLD
+        parts = args.batch_size // size
+        for k in range(args.batch_size // args.micro_batch):
+            micro = rows[k * args.micro_batch:(k + 1) * args.micro_batch]
+            clips, captions = zip(*micro[RANK * size:(RANK + 1) * size])
+            if stage == "scst":
+                seed = ((args.seed * 1_000_003 + step) * 1009 + k) * 97 + RANK
+                yield Batch(clips, parts, seed=seed, limit=self.limit)
+            else:
+                batch = Batch(clips, parts, *self.batch(captions), tokens)
+                if args.contrastive:
+                    all_clips, all_captions = zip(*micro)
+                    batch.text = self.embeds[list(all_captions)].to(self.device)
+                    batch.text_clips = torch.tensor(all_clips, device=self.device)
+                yield batch
 
 
 # ---------------------------------------------------------------- the run's folder
-
-MAY_DIFFER = {"out", "cache", "device"}  # between a run and its continuation
-# --scst now may choose these anew
-SCST_FLAGS = {"scst", "scst_steps", "scst_samples", "scst_temperature", "scst_lr"}
-
 
 @dataclass
 class Progress:
@@ -445,12 +357,12 @@ class Progress:
     step: int = 0
     best: float | None = None
     best_step: int = 0
-    since_best: int = 0      # validations
+    since_best: int = 0         # validations
     scores: dict | None = None  # of the best checkpoint
-    seconds: float = 0.0
+    seconds: float = 0.0        # of training, over all starts
+    began: float = field(default_factory=time.perf_counter)  # what the clock shows at 0 seconds
     log_lines: int = 0
-    validated: int = -1      # step of the last validation
-    stable: bool = False     # XE has stopped rising
+    stable: bool = False        # XE has stopped rising
     stages: dict = field(default_factory=dict)  # of those that ended
 
     def end_stage(self, reason):
@@ -459,134 +371,118 @@ class Progress:
             "scores": self.scores, "steps": self.step, "reason": reason}
 
 
+def write_log(out, progress, event, **values):
+    """Append a line to log.jsonl, one flat object."""
+    progress.seconds = time.perf_counter() - progress.began
+    progress.log_lines += 1
+    if RANK == 0:
+        with open(out / "log.jsonl", "a") as f:
+            entry = {"event": event, "stage": progress.stage, "step": progress.step, **values}
+            f.write(json.dumps(entry | {"seconds": progress.seconds}) + "\n")
+
+
 def git_commit():
+    command = "git describe --always --dirty --abbrev=12"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or None
+
+
+def read_json(path):
+    """A JSON object of the run's folder; empty where there is no such file."""
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"],
-                              capture_output=True, text=True, cwd=Path(__file__).parent)
-        return done.stdout.strip() or None
-    except OSError:
-        return None
-
-
-def lock_folder(out):
-    """Lock the run's folder until this process ends; wait for another that trains there."""
-    if dist_rank() > 0:
-        return None
-    (out / "state").mkdir(parents=True, exist_ok=True)
-    lock = open(out / "state" / "lock", "w")
-    data.lock_or_wait(lock, f"{out}: waiting for another process that trains there")
-    return lock
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError):
+        raise InputError(f"{path}: not JSON; remove the folder or choose another --out") from None
 
 
 def is_finished(args):
     """Is the run in --out finished? Raises InputError if it is another run."""
-    out = Path(args.out)
-    config, training = out / "config.json", out / "training.json"
-    if config.exists():
-        try:
-            old = dict(json.loads(config.read_text()))
-        except (ValueError, TypeError):
-            raise InputError(f"{config}: not JSON; remove the folder or choose another --out") from None
-        for key, value in vars(args).items():
-            if key in MAY_DIFFER or args.scst == "now" and key in SCST_FLAGS:
-                continue
-            if old.get(key) != value:
-                raise InputError(
-                    f"{out} holds a run with --{key.replace('_', '-')} {old.get(key)}, not {value}: "
-                    "choose another --out, or remove that folder")
-    elif args.scst == "now":
+    out, now = Path(args.out), args.scst == "now"
+    old = read_json(out / "config.json")
+    if now and not old:
         raise InputError(f"{out}: --scst now continues from an XE checkpoint, and there is no run")
-    if not training.exists():
-        return False
-    if args.scst == "now" and "scst" not in json.loads(training.read_text())["stages"]:
-        return False
-    if dist_rank() == 0:
+    for key, value in vars(args).items():
+        may_differ = key in ("out", "cache", "device") or now and key.startswith("scst")
+        if old and not may_differ and old.get(key) != value:
+            raise InputError(f"{out} holds a run with --{key.replace('_', '-')} {old.get(key)}, "
+                             f"not {value}: choose another --out, or remove that folder")
+    stages = read_json(out / "training.json").get("stages", {})
+    finished = "scst" in stages if now else "xe" in stages
+    if finished and RANK == 0:
         shutil.rmtree(out / "state", ignore_errors=True)
         print(f"{out}: finished already")
-    return True
+    return finished
 
 
-def save_state(path, model, optimizer, progress):
-    """All that a resumed run needs, without pickle: tensors, and numbers as JSON in the header."""
-    tensors = {}
-    for name, module in model.modules().items():
-        tensors |= {f"{name}/{key}": value for key, value in module.state_dict().items()}
+def save_state(model, optimizer, progress, args):
+    """All that a resumed run needs, without pickle: tensors, and Progress as JSON in the header."""
+    if RANK > 0:
+        return
+    path = Path(args.out) / "state" / "state.safetensors"
+    tensors = {f"model/{name}": t.contiguous() for name, t in model.trained().state_dict().items()}
     for i, entry in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{i}/{key}": value for key, value in entry.items()}
-    tensors = {key: value.contiguous() for key, value in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
+        tensors |= {f"{i}/{name}": t.contiguous() for name, t in entry.items()}
     tmp = path.with_suffix(".tmp")
     save_file(tensors, tmp, metadata={"progress": json.dumps(asdict(progress))})
     os.replace(tmp, path)
 
 
-def load_state(path, model, args):
-    """(Progress, optimizer) of a saved state; its weights are loaded into the model."""
+def load_state(path, model):
+    """(Progress, the optimizer's state) as saved; the weights are loaded into the model."""
+    state = {}
     try:
         with safe_open(path, "pt", device="cpu") as f:
             progress = Progress(**json.loads(f.metadata()["progress"]))
-            tensors = {key: f.get_tensor(key) for key in f.keys()}
-        state = {}
-        for key in [key for key in tensors if key.startswith("optimizer/")]:
-            _, i, entry = key.split("/")
-            state.setdefault(int(i), {})[entry] = tensors.pop(key)
-        for name, module in model.modules().items():
-            prefix = name + "/"
-            module.load_state_dict({key.removeprefix(prefix): value for key, value
-                                    in tensors.items() if key.startswith(prefix)})
+            for key in f.keys():
+                owner, name = key.split("/")
+                state.setdefault(owner, {})[name] = f.get_tensor(key)
+        model.trained().load_state_dict(state.pop("model"))
+        return progress, {int(i): entry for i, entry in state.items()}
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:120]
         raise InputError(f"{path}: damaged ({reason}); remove {path.parent} and "
                          f"{path.parent.parent / 'config.json'} to train from the start") from None
-    optimizer = make_optimizer(model, args, progress.stage)
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return progress, optimizer
 
 
 def start_or_resume(model, args):
     """(Progress, optimizer) of a run that begins, or continues after a kill or XE's end."""
     out = Path(args.out)
-    state, training = out / "state" / "state.safetensors", out / "training.json"
-    if state.exists():
-        progress, optimizer = load_state(state, model, args)
-        if dist_rank() == 0:
+    path, log = out / "state" / "state.safetensors", out / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    stages = read_json(out / "training.json").get("stages")
+    progress, state = Progress(), {}
+    if path.exists():
+        progress, state = load_state(path, model)
+    elif stages:  # XE has finished, and --scst now continues
+        progress = Progress(stages=stages, log_lines=len(lines), seconds=stages["xe"]["seconds"])
+    progress.began = time.perf_counter() - progress.seconds
+    optimizer = make_optimizer(model, args, progress.stage)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if RANK == 0:
+        if path.exists():
             print(f"{out}: continues at {progress.stage} step {progress.step}")
-        return progress, optimizer
-    progress = Progress()
-    if training.exists():  # XE has finished, and --scst now continues
-        stages = json.loads(training.read_text())["stages"]
-        lines = len((out / "log.jsonl").read_text().splitlines())
-        progress = Progress(stages=stages, stable=True, log_lines=lines,
-                            seconds=stages["xe"]["seconds"])
-    return progress, make_optimizer(model, args, "xe")
+        data.write_text(log, "".join(lines[:progress.log_lines]))  # later steps are done again
+    return progress, optimizer
 
 
-class Log:
-    """log.jsonl, one flat object a line, and the clock of the run.
-
-    On resume the lines after the saved state are dropped.
-    """
-
-    def __init__(self, path, progress):
-        self.path, self.lines = path, progress.log_lines
-        self.began = time.perf_counter() - progress.seconds
-        if dist_rank() == 0:
-            lines = path.read_text().splitlines() if path.exists() else []
-            data.write_text(path, "".join(f"{line}\n" for line in lines[:progress.log_lines]))
-
-    def seconds(self):
-        """Seconds of training so far, over all starts."""
-        return time.perf_counter() - self.began
-
-    def __call__(self, **entry):
-        if dist_rank() == 0:
-            with open(self.path, "a") as f:
-                f.write(json.dumps(entry) + "\n")
-            self.lines += 1
+def begin_scst(model, progress, args):
+    """(Progress, optimizer) of SCST, which starts from the best XE checkpoint."""
+    out = Path(args.out)
+    if "xe" not in progress.stages:
+        if progress.best is None:
+            raise InputError(f"{out}: --scst now needs an XE checkpoint, and none has been saved yet")
+        progress.end_stage("--scst now")
+    if WORLD > 1:
+        dist.barrier()  # process 0 may still be writing it
+    model.fusion.load_state_dict(fusions.load(out, model.backbone.decoder).state_dict())
+    progress = replace(progress, stage="scst", step=0, best=None, best_step=0, since_best=0, stable=True)
+    optimizer = make_optimizer(model, args, "scst")
+    save_state(model, optimizer, progress, args)
+    return progress, optimizer
 
 
-# ---------------------------------------------------------------- optimisation
+# ---------------------------------------------------------------- training
 
 class NotFinite(RuntimeError):
     """Training broke down; the last good checkpoint is untouched."""
@@ -595,16 +491,15 @@ class NotFinite(RuntimeError):
 def make_optimizer(model, args, stage):
     """AdamW. XE: projector and adapters have their own rates; SCST: one rate."""
     groups = {}
-    for name, parameter in [*model.fusion.named_parameters(),
-                            *model.contrast.named_parameters(prefix="projector.contrast")]:
-        lr = args.lr if name.startswith("projector") else args.lr_adapter
+    for name, parameter in model.trained().named_parameters():
+        lr = args.lr if name.startswith(("fusion.projector", "contrast")) else args.lr_adapter
         lr = args.scst_lr if stage == "scst" else lr
         matrix = parameter.ndim >= 2 and not name.endswith(("position", "constant"))
-        groups.setdefault((lr, args.weight_decay if matrix else 0.0), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": parameters, "lr": lr, "peak": lr, "weight_decay": decay}
-         for (lr, decay), parameters in groups.items()],
-        fused=args.device.startswith("cuda") or None)
+        decay = args.weight_decay if matrix else 0.0
+        groups.setdefault((lr, decay), []).append(parameter)
+    groups = [{"params": parameters, "lr": lr, "peak": lr, "weight_decay": decay}
+              for (lr, decay), parameters in groups.items()]
+    return torch.optim.AdamW(groups, fused=args.device.startswith("cuda") or None)
 
 
 def cosine(step, steps, warmup):
@@ -618,9 +513,8 @@ def cosine(step, steps, warmup):
 def optimizer_step(model, batches, loss_function, optimizer, rate, args):
     """One step over the micro-batches: (terms of the loss, gradient norm).
 
-    loss_function(model, batch, args=args) -> (loss, {name: number}). rate: fraction of each
-    group's peak learning rate. Raises NotFinite, before any weight changes, if a term or the
-    norm is not finite.
+    loss_function(model, batch, args=args) -> (loss, {name: number}). rate: fraction of the peak
+    learning rates. Raises NotFinite before any weight changes.
     """
     totals = {}
     for batch in batches:
@@ -628,16 +522,15 @@ def optimizer_step(model, batches, loss_function, optimizer, rate, args):
         loss.backward()
         for name, value in terms.items():
             totals[name] = totals.get(name, 0.0) + value
-    parameters = [p for module in model.modules().values() for p in module.parameters()]
-    sum_over_ranks([p.grad for p in parameters if p.grad is not None])
-    values = torch.stack([torch.as_tensor(v, device=model.backbone.device).float()
-                          for v in totals.values()])
-    sum_over_ranks([values])
+    parameters = list(model.trained().parameters())
+    values = torch.tensor([float(value) for value in totals.values()], device=model.backbone.device)
+    if WORLD > 1:
+        for tensor in [values, *(p.grad for p in parameters if p.grad is not None)]:
+            dist.all_reduce(tensor)
     terms = dict(zip(totals, values.tolist()))
     norm = nn.utils.clip_grad_norm_(parameters, args.clip).item()
     if not all(map(math.isfinite, [*terms.values(), norm])):
-        numbers = ", ".join(f"{name} {value}" for name, value in terms.items())
-        raise NotFinite(f"not finite: {numbers}, gradient norm {norm}")
+        raise NotFinite(f"not finite: {terms}, gradient norm {norm}")
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * rate
     optimizer.step()
@@ -645,16 +538,14 @@ def optimizer_step(model, batches, loss_function, optimizer, rate, args):
     return terms, norm
 
 
-# ---------------------------------------------------------------- validation
-
 def validate(model, inputs, args, rerank):
-    """Greedy captions of the validation split, scored by process 0: {"val_...": value}, flat.
+    """Scores {"val_...": value} of greedy captions of the validation split.
 
-    rerank: also "val_reranked" and "val_oracle", the selection metric of a choice among the
-    greedy caption and five samples, with equal weights: none are fitted here.
+    rerank: also "val_reranked" and "val_oracle", the selection metric of a choice, with equal
+    weights, among the greedy caption and five samples.
     """
     box, start = [None], time.perf_counter()
-    if dist_rank() == 0:
+    if RANK == 0:
         model.fusion.eval()
         branches = inputs.branches([b.fusion for b in model.branches])
         candidates = evaluate.decode(model.backbone, branches, inputs.prompts,
@@ -663,27 +554,24 @@ def validate(model, inputs, args, rerank):
         first = [clip[0] for clip in candidates]
         items = evaluate.make_items(inputs.split.clips, first)
         corpus = evaluate.score(items, quick=True)["corpus"]
-        scores = {f"val_{metric}": value for metric, value in corpus.items()}
+        values = corpus | {"n": len(items)} | evaluate.caption_statistics(first)
+        scores = {f"val_{name}": value for name, value in values.items()}
         if rerank:
             scores |= evaluate.equal_weights_rerank(candidates, inputs)
-        scores["val_n"] = len(items)
-        for name, value in evaluate.caption_statistics(first).items():
-            scores[f"val_{name}"] = value
-        box = [{**scores, "val_seconds": time.perf_counter() - start,
-                "example": items[0]["prediction"]}]
-    if dist_world() > 1:
+        seconds = time.perf_counter() - start
+        box = [scores | {"val_seconds": seconds, "example": items[0]["prediction"]}]
+    if WORLD > 1:
         dist.broadcast_object_list(box)
     return box[0]
 
 
 def collapse(scores, xe):
-    """Why SCST should stop, or None. xe: validation scores before SCST.
+    """Why SCST should stop, or None: captions that grow, shrink, repeat, do not end, or score low.
 
-    Captions that grow or shrink, repeat, do not end, or lose on validation.
+    xe: validation scores before SCST.
     """
     if not 0.6 <= scores["val_words"] / max(1e-9, xe["val_words"]) <= 1.6:
-        return (f"collapse: {scores['val_words']:.1f} words a caption, "
-                f"after XE {xe['val_words']:.1f}")
+        return f"collapse: {scores['val_words']:.1f} words a caption, after XE {xe['val_words']:.1f}"
     if scores["val_repetition"] > xe["val_repetition"] + 0.05:
         return f"collapse: {scores['val_repetition']:.0%} of 4-grams repeat"
     if scores["val_not_ended"] > xe["val_not_ended"] + 0.1:
@@ -694,106 +582,72 @@ def collapse(scores, xe):
     return None
 
 
-# ---------------------------------------------------------------- the loop
-
-def train_stage(model, captions, val_inputs, optimizer, progress, log, loss_function, args):
+def train_stage(model, captions, val_inputs, optimizer, progress, loss_function, args):
     """Train one stage, XE or SCST, to its end; the best checkpoint is kept."""
-    stage, out = progress.stage, Path(args.out)
-    if stage == "xe":
-        steps, folder, batches = args.steps, out, captions.xe_batches
-    else:
-        steps, folder, batches = args.scst_steps, out / "scst", captions.scst_batches
+    stage, start, out = progress.stage, progress.step, Path(args.out)
+    steps, folder = (args.steps, out) if stage == "xe" else (args.scst_steps, out / "scst")
     eval_every = args.eval_every or max(1, len(captions.clips) // args.batch_size)
-    metric = selection_metric(val_inputs)
-    bar = tqdm(disable=dist_rank() > 0, unit="step", desc=args.out[-24:], total=steps,
-               initial=progress.step, postfix=stage)
+    questions = val_inputs.split.clips[0].question is not None
+    metric = "val_accuracy" if questions else f"val_{evaluate.selection_metric()}"
+    name = f"{args.out[-24:]} {stage}"
+    bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=RANK > 0)
     while True:
         step = progress.step
 
         # evaluate
-        due = step > 0 and (step % eval_every == 0 or step == steps)
-        if due and progress.validated != step:
+        if step > start and (step % eval_every == 0 or step == steps):
             rerank = progress.stable and args.modality == "audio" and not args.beside
             scores = validate(model, val_inputs, args, rerank)
-            log(event="validation", stage=stage, step=step, seconds=log.seconds(), **scores)
-            failure = None
+            write_log(out, progress, "validation", **scores)
+            reason = None  # to stop
             if stage == "scst":
-                failure = collapse(scores, progress.stages["xe"]["scores"])
+                reason = collapse(scores, progress.stages["xe"]["scores"])
 
             # save
-            better = progress.best is None or scores[metric] > progress.best
-            if better and not failure:
+            progress.since_best += 1
+            if not reason and (progress.best is None or scores[metric] > progress.best):
                 progress.best, progress.best_step = scores[metric], step
                 progress.since_best, progress.scores = 0, scores
-                if dist_rank() == 0:
+                if RANK == 0:
                     model.fusion.save(folder)
-            else:
-                progress.since_best += 1
-            progress.validated, progress.seconds = step, log.seconds()
-            progress.log_lines = log.lines
 
             # stop
-            reason = failure
             if not reason and progress.since_best >= args.patience:
                 reason = "plateau"
             elif not reason and step == steps:
                 reason = "all steps done"
             if not progress.stable and (reason or progress.since_best):
                 progress.stable = True
-                if dist_rank() == 0:
-                    write_json(out / "stable.json", {
-                        "step": step, "best_step": progress.best_step, metric: progress.best})
+                if RANK == 0:
+                    best = {"step": step, "best_step": progress.best_step, metric: progress.best}
+                    write_json(out / "stable.json", best)
             if reason:
                 progress.end_stage(reason)
                 bar.close()
+                if RANK == 0:
+                    best = progress.best and round(progress.best, 4)
+                    print(f"{out}: {stage} {metric} {best} at step {progress.best_step} ({reason})")
                 return
-            if dist_rank() == 0:
-                save_state(out / "state" / "state.safetensors", model, optimizer, progress)
+            save_state(model, optimizer, progress, args)
 
         # step
-        started = time.perf_counter()
-        rate = cosine(step, steps, args.warmup)
+        began = time.perf_counter()
+        rate, batches = cosine(step, steps, args.warmup), captions.batches(stage, step, args)
         try:
-            terms, norm = optimizer_step(model, batches(step, args), loss_function, optimizer,
-                                         rate, args)
+            terms, norm = optimizer_step(model, batches, loss_function, optimizer, rate, args)
         except NotFinite as e:
             rows = captions.order.step(step, args.batch_size)[:64]
             ids = " ".join(captions.clips[clip].id for clip, _ in rows)
             raise NotFinite(f"{out}: {stage} step {step}: {e}; clips {ids}") from None
-        progress.step = step + 1
         bar.update()
 
         # log
         if step % 10 == 0 or stage == "scst":
             gates = {f"gate_{layer}": gate for layer, gate in model.fusion.gates().items()}
-            speed = args.batch_size / (time.perf_counter() - started)
-            log(event="step", stage=stage, step=step, **terms, gradient_norm=norm,
-                lr=optimizer.param_groups[0]["lr"], **gates, clips_per_second=speed,
-                seconds=log.seconds())
-
-
-def selection_metric(inputs):
-    """Validation score by which checkpoints are chosen; accuracy for questions."""
-    if inputs.split.clips[0].question:
-        return "val_accuracy"
-    return f"val_{evaluate.selection_metric()}"
-
-
-def begin_scst(model, progress, args):
-    """Go to SCST from the best XE checkpoint, with a new optimizer."""
-    out = Path(args.out)
-    if not (out / "fusion.json").exists() or not progress.stages:
-        raise InputError(f"{out}: --scst now continues from an XE checkpoint, and none has been "
-                         "saved there yet")
-    barrier()  # process 0 may still be writing it
-    model.fusion.load_state_dict(fusions.load(out, model.backbone.decoder).state_dict())
-    progress.stage, progress.step, progress.validated = "scst", 0, 0
-    progress.best, progress.best_step, progress.since_best = None, 0, 0
-    progress.stable = True
-    optimizer = make_optimizer(model, args, "scst")
-    if dist_rank() == 0:
-        save_state(out / "state" / "state.safetensors", model, optimizer, progress)
-    return optimizer
+            speed = args.batch_size / (time.perf_counter() - began)
+            write_log(out, progress, "step", **terms, gradient_norm=norm,
+                      lr=optimizer.param_groups[0]["lr"], **gates, clips_per_second=speed)
+        progress.step += 1
 
 
 # ---------------------------------------------------------------- main
@@ -805,10 +659,9 @@ def build_model(inputs, clips, beside, args):
     torch.manual_seed(args.seed)
     fusion = fusions.build(
         args.fusion, decoder, encoder_width=encoder.width, layers=args.layers, tokens=args.tokens,
-        hidden=args.hidden, gate_init=args.gate_init, modality=args.modality)
+        hidden=args.hidden, gate_init=args.gate_init, modality=args.modality).to(backbone.device)
     if args.init:
         fusion.load_state_dict(fusions.load(args.init, decoder).state_dict())
-    fusion = fusion.to(backbone.device)
     contrast = ContrastiveHead(decoder.config.hidden_size, encoder.embed_dim).to(backbone.device)
 
     attached = [fusion] if beside is None else [beside.fusion, fusion]
@@ -820,79 +673,73 @@ def build_model(inputs, clips, beside, args):
 
     placeholders = args.tokens if args.fusion == "concat" else 0
     encoded = [backbone.prompt(text, placeholders) for text in inputs.prompts[:len(clips)]]
-    prompts, positions = zip(*encoded)
+    prompts, slots = zip(*encoded)
     shared = os.path.commonprefix(prompts)  # where clips have questions, only what precedes them
-    slots = positions[0]
-    if slots is not None:
-        slots = torch.tensor(slots, device=backbone.device)
     return Model(backbone, fusion, contrast, inputs.branches(attached), trunk, head, split_layer,
-                 shared, slots), prompts
+                 shared, slots[0]), prompts
 
 
 def main(argv=None):
     args = parse_args(argv)
-    start_processes(args)
     out = Path(args.out)
+    if WORLD > 1:
+        cuda = args.device.startswith("cuda")
+        dist.init_process_group("nccl" if cuda else "gloo")
+        if cuda:
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
 
     # data first: a wrong folder should not wait for a 7B model
     splits = [data.read_split(args.dataset, args.data, name) for name in ("train", "val")]
     if splits[0].clips[0].question and args.scst != "off":
-        raise InputError(f"{args.data}: has questions, and self-critical training is for "
-                         "captions: --scst off")
+        raise InputError(f"{args.data}: has questions, and SCST is for captions: use --scst off")
     if is_finished(args):
         return
     beside = evaluate.open_beside(vars(args), args.device)
-    inputs, val_inputs = [evaluate.load_inputs(vars(args), split, args.device, beside)
-                          for split in splits]
+    inputs, val_inputs = [evaluate.load_inputs(vars(args), s, args.device, beside) for s in splits]
     clips = inputs.split.clips[:args.limit or None]
-    if dist_rank() == 0:
-        for split in splits:
-            print(f"{split.name}: {len(split.clips)} clips, {len(split.missing)} missing, "
-                  f"{len(split.bad)} unreadable")
+    if RANK == 0:
+        for s in splits:
+            print(f"{s.name}: {len(s.clips)} clips, {len(s.missing)} missing, {len(s.bad)} unreadable")
     model, prompts = build_model(inputs, clips, beside, args)
 
     # the folder is touched only now: all flags have been checked
-    lock = lock_folder(out)  # noqa: F841  held until this process ends
-    barrier()
+    if RANK == 0:
+        (out / "state").mkdir(parents=True, exist_ok=True)
+        lock = open(out / "state" / "lock", "w")  # held until this process ends
+        data.lock_or_wait(lock, f"{out}: waiting for another process that trains there")
+    if WORLD > 1:
+        dist.barrier()
     if is_finished(args):  # by the process that was waited for
         return
     config = {**vars(args), "name": out.name, "git": git_commit(), "versions": evaluate.versions()}
-    if (out / "config.json").exists():
-        config = json.loads((out / "config.json").read_text())
+    config = read_json(out / "config.json") or config
     captions = TrainingCaptions(model, clips, prompts, inputs.encoders[args.modality], args)
     progress, optimizer = start_or_resume(model, args)
-    xe_first = progress.stage == "xe" and args.scst != "now"
-    if args.scst == "now" and progress.best is not None and not progress.stages:
-        progress.end_stage("--scst now")
-    if progress.stage == "xe" and not xe_first:
-        optimizer = begin_scst(model, progress, args)
-        config |= {flag: vars(args)[flag] for flag in SCST_FLAGS}
-    if dist_rank() == 0:
+    if args.scst == "now":
+        config |= {key: value for key, value in vars(args).items() if key.startswith("scst")}
+        if progress.stage == "xe":
+            progress, optimizer = begin_scst(model, progress, args)
+    if RANK == 0:
         write_json(out / "config.json", config)
 
-    log = Log(out / "log.jsonl", progress)
-    if xe_first:
-        train_stage(model, captions, val_inputs, optimizer, progress, log, xe_loss, args)
+    if progress.stage == "xe":
+        train_stage(model, captions, val_inputs, optimizer, progress, xe_loss, args)
         if args.scst == "auto":
-            optimizer = begin_scst(model, progress, args)
+            progress, optimizer = begin_scst(model, progress, args)
     if progress.stage == "scst":
-        loss = partial(scst_loss, reward=scst.CiderD(captions.references, end=True))
-        train_stage(model, captions, val_inputs, optimizer, progress, log, loss, args)
-    finish(model, progress, log, selection_metric(val_inputs), out)
+        corpus = [[scst.words(r) for r in clip.references] for clip in clips]
+        loss = partial(scst_loss, reward=scst.CiderD(corpus, end=True))
+        train_stage(model, captions, val_inputs, optimizer, progress, loss, args)
 
-
-def finish(model, progress, log, metric, out):
-    """Write training.json, which says that the run is finished."""
-    if dist_rank() == 0:
+    # training.json says that the run is finished
+    if RANK == 0:
         write_json(out / "training.json", {
             "best": progress.stages["xe"]["scores"], "stages": progress.stages,
-            "seconds": log.seconds(),
+            "seconds": progress.seconds,
             "trainable_parameters": fusions.count_parameters(model.fusion)})
         shutil.rmtree(out / "state", ignore_errors=True)
-        for stage, end in progress.stages.items():
-            best = end["best"] if end["best"] is None else round(end["best"], 4)
-            print(f"{out}: {stage} {metric} {best} at step {end['best_step']} ({end['reason']})")
-    if dist_world() > 1:
+    if WORLD > 1:
         dist.destroy_process_group()
 
 

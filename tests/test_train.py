@@ -81,6 +81,23 @@ def test_order_is_a_function_of_seed_and_step():
     assert set(drawn) == set(range(5))
 
 
+def test_trunk_states_in_memory_in_a_file_and_of_a_caption_alone(prompted, tmp_path, monkeypatch):
+    backbone, fusion, ids, _ = prompted("additive", 1)
+    with fusion.attach(backbone.decoder):
+        trunk, _ = fusions.split(backbone.decoder, 3)
+    prompt, captions, batches = ids[0].tolist(), [[5, 6, 7], [8, 9], [10, 11, 12, 13]], []
+    for limit in (1 << 30, 0):
+        monkeypatch.setattr(train, "TRUNK_IN_MEMORY", limit)
+        states = train.TrunkStates(backbone, trunk, prompt, captions, [0, 1, 0], tmp_path)
+        batches.append(states.batch([1, 0]))
+        assert (tmp_path / "trunk0.bin").exists() is (limit == 0)
+    assert all(torch.equal(a, b) for a, b in zip(*batches))
+    states, targets = batches[0]
+    assert targets.tolist() == [[-100, 9, -100], [5, 6, 7]]
+    alone = trunk(input_ids=torch.tensor([prompt + captions[0]]), use_cache=False).last_hidden_state
+    torch.testing.assert_close(states[1:], alone, atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", fusions.SYSTEMS)
 def test_samples_of_a_tree_are_samples_behind_their_own_prompt(prompted, kind):
     """Trunk states, log-probabilities and gradients: two clips of five samples, and each sample in a row of its own."""
@@ -295,7 +312,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(world, f
 
 @pytest.mark.parametrize("name, content", [
     ("state/state.safetensors", b"\0" * 100), ("state/state.safetensors", b"\x02\0\0\0\0\0\0\0{}"),
-    ("state/state.safetensors", b"\xff" * 100), ("config.json", b"[1, 2"), ("config.json", b"[1, 2]")])
+    ("state/state.safetensors", b"\xff" * 100), ("config.json", b"[1, 2"), ("config.json", b"[1, 2]"),
+    ("training.json", b"")])
 def test_a_damaged_folder_is_one_line(world, tmp_path, name, content):
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
