@@ -16,9 +16,12 @@ except OSError:
     sys.modules["torchaudio._extension.utils"]._load_lib = lambda lib: False
     import torchaudio
 
+import collections
 import contextlib
 import csv
+import difflib
 import fcntl
+import filecmp
 import functools
 import hashlib
 import io
@@ -27,12 +30,16 @@ import json
 import math
 import os
 import re
+import unicodedata
+import urllib.parse
+import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import av.sidedata.sidedata
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,10 +47,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 MAX_SECONDS = 600  # of one clip; longer clips are cut
-MEDIA = set(".wav .flac .mp3 .ogg .opus .m4a .aac .wma .aif .aiff .au "
-            ".mp4 .mkv .mka .webm .mov .avi".split())
+MEDIA = set(".wav .flac .mp3 .ogg .oga .opus .m4a .aac .wma .aif .aiff .au "
+            ".mp4 .m4v .mkv .mka .webm .mov .avi .wmv .flv .mpg .mpeg .3gp".split())
 CLOTHO = {"train": "development", "val": "validation", "test": "evaluation"}
-CACHE_FORMAT = 1  # raise it when decoding, windows or pooling change: older features are then ignored
+FOLDERS = {"train", "val", "test", *CLOTHO.values(), "analysis"}  # words in the names of folders of one split
+UNSAFE = r"""[<>:"/\\|?*'‘’“”\u29f8\uf000-\uf0ff\x00-\x1f\u200b-\u200f\ufeff]"""  # what file systems replace
+CACHE_FORMAT = {"audio": 1, "video": 2}  # raise it when decoding, windows or pooling change
 
 
 class InputError(ValueError):
@@ -111,33 +120,94 @@ class Question:
 
 
 def read_split(dataset, root, split):
-    """Read "train", "val" or "test" of "audiocaps", "clotho" or "av" in the folder `root`.
+    """Read "train", "val" or "test" of "audiocaps", "clotho" or "av" in the folder `root` and those below.
 
-    Clips without a file are listed in `missing`. Raises InputError for an error in the table, and when no
-    clip has a file."""
+    Clips without a file are listed in `missing`. Raises InputError for an error in the table, for a clip that
+    could be either of two files, and when no clip has a file."""
     if dataset not in ("audiocaps", "clotho", "av") or split not in CLOTHO:
         raise InputError(f"{dataset} {split}: choose audiocaps, clotho or av and train, val or test")
-    root = Path(root)
-    name = CLOTHO[split] if dataset == "clotho" else split
-    table = root / (f"clotho_captions_{name}.csv" if dataset == "clotho" else f"{name}.csv")
+    root, own = Path(root), CLOTHO[split] if dataset == "clotho" else split
+    table = root / (f"clotho_captions_{own}.csv" if dataset == "clotho" else f"{own}.csv")
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the one that holds {table.name}")
-    if dataset == "audiocaps":
-        folders = [f"{root} and all folders below"]
-        clips = _audiocaps(table, split)
-    else:
-        folders = [root / name] if dataset == "clotho" else [root / "videos", root / name, root]
-        clips = _named_files(table, folders)
-    present = [clip for clip in clips if clip.path]
-    if not present:
-        raise InputError(f"{table}: none of its {len(clips)} clips, such as {clips[0].id}, has a file in "
-                         + " or ".join(map(str, folders)))
-    return Split(split, present, [clip.id for clip in clips if not clip.path])
+    files = _walk(root)
+    tables = [path for path in files if path.name == table.name]
+    if tables and table not in tables:
+        table = tables[0]
+        for other in tables[1:]:
+            if not filecmp.cmp(table, other, shallow=False):
+                raise InputError(f"{root}: holds two tables, {table} and {other}; give a folder with one of them, "
+                                 "or move one away")
+    clips = (_audiocaps if dataset == "audiocaps" else _named_files)(table, files, own)
+    missing = [clip.id for clip in clips if not clip.path]
+    if 10 * len(missing) > len(clips):
+        used = {clip.path for clip in clips}
+        names = {path.name for path in files if path not in used and _stem(path.name)[1]}
+        nearest = map(ascii, difflib.get_close_matches(missing[0], names, 3, 0))
+        hint = f"nearest names there: {', '.join(nearest) or 'none'}"
+        if len(missing) == len(clips):
+            raise InputError(f"{table}: none of its {len(clips)} clips, such as {missing[0]}, has a file in "
+                             f"{root} or a folder below; {hint}")
+        print(f"{table}: {len(missing)} of {len(clips)} clips, such as {missing[0]}, have no file; {hint}")
+    return Split(split, [clip for clip in clips if clip.path], missing)
 
 
-def _audiocaps(table, split):
-    """Clips of an AudioCaps table; path is None if no file has one of the usual names."""
-    rows, numbers, starts = {}, set(), {}
+def _walk(root):
+    """{path: the split that its folders' names say, or None} of the files in `root` and below, nearest first.
+
+    Links to folders are followed. Loops are not: no folder is read inside itself, or more than three times."""
+    files, visits = {}, collections.Counter()
+    queue = [(root, None, ())]
+    for folder, split, above in queue:
+        try:
+            stat = os.stat(folder)
+            names = sorted(os.listdir(folder))
+        except OSError:  # no permission
+            continue
+        key = stat.st_dev, stat.st_ino
+        visits[key] += 1
+        if key in above or visits[key] > 3:
+            continue
+        for name in names:
+            path = folder / name
+            if os.path.isfile(path) and not name.startswith("._"):  # macOS keeps notes in such files
+                files[path] = split
+            elif os.path.isdir(path) and name[0] != "." and name not in ("__MACOSX", "@eaDir"):
+                words = FOLDERS & set(re.findall("[a-z]+", name.lower()))
+                queue.append((path, words.pop() if len(words) == 1 else split, (*above, key)))
+    return files
+
+
+def _match(wanted, files):
+    """{name: [path]} from {name: [keys, strictest first]} and {path: keys}.
+
+    A file goes to the name that wants it with the strictest keys; if two names do, to neither."""
+    index, matches, taken = {}, {}, set()
+    for path, keys in files.items():
+        for key in keys:
+            index.setdefault(key, []).append(path)
+    for level in range(max(map(len, wanted.values()), default=0)):
+        claims = {}
+        for name, levels in wanted.items():
+            if name in matches or level >= len(levels):
+                continue
+            for key in levels[level]:
+                for path in index.get(key, ()):
+                    if path not in taken:
+                        claims.setdefault(path, set()).add(name)
+        for path, names in claims.items():
+            taken.add(path)
+            if len(names) == 1:
+                matches.setdefault(*names, []).append(path)
+    return matches
+
+
+def _audiocaps(table, files, own):
+    """Clips of an AudioCaps table; path is None if no file has one of the usual names.
+
+    These are youtube_id_start and youtube_id_start_end in seconds or milliseconds; youtube_id, if the table
+    has it once; the same with a Y before it; and audiocap_id."""
+    clips, numbers, starts = {}, set(), collections.Counter()
     for location, row in _rows(table, {"audiocap_id", "youtube_id", "start_time", "caption"}):
         number, video, time = row["audiocap_id"], _inside(location, row["youtube_id"]), row["start_time"]
         if number in numbers:
@@ -145,30 +215,45 @@ def _audiocaps(table, split):
         if not re.fullmatch(r"\d{1,5}(\.\d{1,3})?", time):
             raise InputError(f"{location}: start_time {time[:40]!r} is not a number of seconds")
         numbers.add(number)
-        starts.setdefault(video, set()).add(float(time))
-        _, same, references = rows.setdefault((video, float(time)), (location, [], []))
-        same.append(number)
+        clip = video, float(time)
+        starts[video] += clip not in clips
+        _, references, ids = clips.setdefault(clip, (location, [], []))
         references += filter(None, [_clean(location, row["caption"])])
-    files, clips = {}, []
-    # links to folders are followed at the top only: links can make loops
-    tops = list(table.parent.iterdir())
-    for path in itertools.chain(tops, *(top.rglob("*") for top in tops)):
-        if path.suffix.lower() in MEDIA:
-            files.setdefault(path.stem, set()).add(path)
-    for (video, start), (location, numbers, references) in rows.items():
+        ids.append((number.removesuffix(".0"), None))
+    wanted = {}
+    for (video, start), (location, references, ids) in clips.items():
         if not references:
             raise InputError(f"{location}: clip {video} has no caption")
-        begin, end = ([f"{t:g}", f"{1000 * t:.0f}", f"{t:.3f}", f"{t:06g}"] for t in (start, start + 10))
-        stems = [f"{video}_{time}" for time in begin + list(map("_".join, zip(begin, end)))]
-        stems += [video] * (len(starts[video]) == 1)  # with two times, the bare name could mean either
-        stem = next((s for s in [*stems, *(f"Y{s}" for s in stems), *numbers] if s in files), None)
-        copies = sorted(files.get(stem, ()))  # one in a folder named after the split is preferred
-        copies.sort(key=lambda path: split not in path.relative_to(table.parent).parts)
-        clips.append(Clip(f"{video}_{start:g}", copies[0] if copies else None, references))
-    return clips
+        other = f"Y{video}"
+        bare = [(video, None), (other, None)] if starts[video] == 1 else []
+        milliseconds = [(video, 1000 * start), (other, 1000 * start)]
+        wanted[video, start] = [[(video, start)], [(other, start)], milliseconds, bare, ids]
+    matches = _match(wanted, {path: _clip_keys(path.name, files[path] in (own, None)) for path in files})
+    out = []
+    for (video, start), (_, references, _) in clips.items():
+        copies = matches.get((video, start), [])  # one in a folder named after the split is preferred
+        path = min(copies, key=lambda path: (files[path] != own, path), default=None)
+        out.append(Clip(f"{video}_{start:g}", path, references))
+    return out
 
 
-def _named_files(table, folders):
+def _clip_keys(name, bare):
+    """Keys of a file of AudioCaps: (id, start) and, if `bare`, (whole name, None)."""
+    stem, suffix = _stem(name)
+    if not suffix:
+        return []
+    keys = [(stem, None)] if bare else []
+    number = r"[_-](\d+(?:\.\d+)?)"
+    if match := re.fullmatch(f"(.+){number}", stem):
+        keys.append((match[1], float(match[2])))
+    if match := re.fullmatch(f"(.+){number}{number}", stem):
+        start, end = float(match[2]), float(match[3])
+        if 0 < end - start <= 10 or 1000 < end - start <= 10_000:
+            keys.append((match[1], start))
+    return keys
+
+
+def _named_files(table, files, own):
     """Clips of a table with file_name and either caption_1, caption_2, … or question and answer."""
     clips, questions = [], {}
     for location, row in _rows(table, {"file_name", "caption_1"}, {"file_name", "question", "answer"}):
@@ -183,10 +268,64 @@ def _named_files(table, folders):
         if question in earlier:
             raise InputError(f"{location}: file_name {name!r} appears a second time")
         earlier.append(question)
-        path = next((folder / name for folder in folders if os.path.isfile(folder / name)), None)
         number = f"#{len(earlier)}" if len(earlier) > 1 else ""  # several questions about one clip
-        clips.append(Clip(name + number, path, references, question))
-    return clips
+        clips.append(Clip(name + number, name, references, question))
+    paths = _locate(questions, table, files, own)
+    return [replace(clip, path=paths.get(clip.path)) for clip in clips]
+
+
+def _locate(names, table, files, own):
+    """{name: path} for the names in a table: the file as named, else the one that a person would say it is."""
+    wanted, keys, depths = {}, {}, {0}
+    for name in names:
+        *parents, base = re.split(r"[/\\]+", name)
+        loose = _name_keys(base)[:None if re.search(UNSAFE, base) else -1]
+        exact = [table.parent / folder / name for folder in ("videos", own, "")]
+        wanted[name] = [exact] + [[(*parents, key)] for key in loose] + [[(key,)] for key in loose]
+        depths.add(len(parents))
+    for path, split in files.items():
+        keys[path] = [path]
+        if split in (own, None):
+            loose = {key for spelling in _spellings(path.name) for key in _name_keys(spelling)}
+            keys[path] += [(*path.parts[-1 - d:-1], key) for d in depths for key in loose]
+    paths = {}
+    for name, copies in _match(wanted, keys).items():
+        exact = wanted[name][0]
+        ranks = {path: (exact.index(path) if path in exact else 3, files[path] != own, path.name != name)
+                 for path in copies}
+        first, *others = [path for path in copies if ranks[path] == min(ranks.values())]
+        for other in others:
+            if not filecmp.cmp(first, other, shallow=False):
+                raise InputError(f"{table}: {name} could be {first} or {other}; move one of them away")
+        paths[name] = first
+    return paths
+
+
+def _stem(name):
+    """(stem, suffix) of a file name without white space at its ends; suffix "" if it is none of MEDIA."""
+    name = unicodedata.normalize("NFC", name).strip().rstrip(". ")
+    stem, _, suffix = name.rpartition(".")
+    suffix = f".{suffix.lower()}"
+    return (stem.strip(), suffix) if stem.strip() and suffix in MEDIA else (name, "")
+
+
+def _name_keys(name):
+    """Keys of a file name: itself, its stem, and that with unsafe characters replaced by _ or left out."""
+    stem, suffix = _stem(name)
+    text = unicodedata.normalize("NFKC", urllib.parse.unquote(stem)).casefold()
+    replaced, without = re.sub(rf"({UNSAFE}|[\s_])+", "_", text), re.sub(rf"{UNSAFE}|[\s_-]", "", text)
+    return [(0, stem + suffix), (1, stem), (2, replaced), (3, without)]
+
+
+def _spellings(name):
+    """A name on disk, and what it was before it was unpacked with a wrong encoding."""
+    names = {name, re.sub("#U([0-9a-f]{4})", lambda match: chr(int(match[1], 16)), name)}
+    for encoding in ("cp437", "cp1252", "latin-1"):
+        with contextlib.suppress(UnicodeError):
+            names.add(os.fsencode(name).decode(encoding))
+        with contextlib.suppress(UnicodeError):
+            names.add(name.encode(encoding).decode())
+    return names
 
 
 def _rows(table, *alternatives):
@@ -325,7 +464,8 @@ def _decoded(path, kind):
     options = {"protocol_whitelist": "file"}  # a playlist named .wav must not open network addresses
     try:
         with av.open(f"file:{path}", metadata_errors="ignore", options=options) as file:
-            streams = [stream for stream in file.streams if stream.type == kind]
+            streams = [stream for stream in file.streams if stream.type == kind
+                       and not stream.disposition & av.stream.Disposition.attached_pic]  # a cover is no film
             if not streams:
                 raise InputError(f"{path}: has no {kind} stream")
             for packet in file.demux(streams[0]):
@@ -348,53 +488,100 @@ def decode_audio(path, rate, max_seconds=MAX_SECONDS):
     """Sound of any audio or video file as mono float32 (samples,) at `rate` Hz, at most `max_seconds` of it.
 
     Channels are averaged. Raises InputError when there is no sound in the file or it is not finite."""
-    # interleaved on purpose: PyAV reads past the end of 8 and more separate channels
-    packer = av.AudioResampler("flt", frame_size=8192)
-    mono, seconds, source = [], 0, None
-    for frame in itertools.chain(_decoded(path, "audio"), [None]):  # None: what the packer still holds
-        last = frame is None or seconds >= max_seconds
-        if frame is not None:
-            source = source or frame.sample_rate
-            if not 1000 <= source <= 1_000_000 or frame.sample_rate != source:
-                raise InputError(f"{path}: has a sample rate that is impossible or changes")
-            seconds += frame.samples / source
-        try:
-            packed = packer.resample(None if last else frame)
-        except (ValueError, av.FFmpegError):
-            raise InputError(f"{path}: changes its channels or sample format midway") from None
-        for block in packed:
-            samples = block.to_ndarray().reshape(-1, block.layout.nb_channels)
-            mono.append(samples.mean(1))
-        if last:
-            break
-    wave = torch.from_numpy(np.concatenate(mono or [np.zeros(0, np.float32)]))
-    if len(wave):
+    waves, seconds = [torch.zeros(0)], 0
+    for (source, *_), frames in itertools.groupby(_decoded(path, "audio"), _sound_format):
+        if not 1000 <= source <= 1_000_000:
+            raise InputError(f"{path}: has a sample rate of {source}, which is impossible")
+        wave = _mono(path, frames, (max_seconds - seconds) * source)
+        seconds += len(wave) / source
         # odd rates (44,101 Hz) would need a filter bank of gigabytes: a ratio within 1e-6 will do
         ratio = Fraction(source, rate).limit_denominator(1000)
-        wave = torchaudio.functional.resample(wave, ratio.numerator, ratio.denominator)
+        waves.append(torchaudio.functional.resample(wave, ratio.numerator, ratio.denominator))
+        if seconds > max_seconds:
+            break
+    wave, limit = torch.cat(waves), int(max_seconds * rate)
     if not len(wave) or not wave.isfinite().all():
         raise InputError(f"{path}: has no samples, or some that are not finite")
-    return wave[:int(max_seconds * rate)].numpy()
+    if len(wave) > limit:
+        _print_once(f"{path}: is longer than {max_seconds:g} seconds; the rest of its sound is ignored")
+    return wave[:limit].numpy()
+
+
+def _sound_format(frame):
+    """What may change midway in a stream, and then needs another resampler."""
+    return frame.sample_rate, frame.layout.name, frame.format.name
+
+
+def _mono(path, frames, limit):
+    """Mean of the channels of frames of one format, (samples,); stops soon after `limit` samples."""
+    # interleaved on purpose: PyAV reads past the end of 8 and more separate channels
+    packer, blocks, count = av.AudioResampler("flt", frame_size=8192), [], 0
+    try:
+        for frame in frames:
+            blocks += packer.resample(frame)
+            count += frame.samples
+            if count > limit:
+                break
+        blocks += packer.resample(None)
+    except (ValueError, av.FFmpegError):
+        raise InputError(f"{path}: its channels or sample format cannot be converted") from None
+    mono = [block.to_ndarray().reshape(-1, block.layout.nb_channels).mean(1) for block in blocks]
+    return torch.from_numpy(np.concatenate(mono)) if mono else torch.zeros(0)
+
+
+@functools.lru_cache(maxsize=None)
+def _print_once(text):
+    print(text, flush=True)
 
 
 def decode_video(path, frames):
-    """`frames` pictures of a video, evenly spaced over those that decode: uint8 (frames, H, W, 3).
+    """`frames` pictures of a video, evenly spaced over those that decode: uint8 (frames, H, W, 3), upright.
 
     A shorter video repeats pictures. Raises InputError when it has no picture."""
     # two passes: all pictures of a minute of video would fill gigabytes
-    count = 0
-    for _ in itertools.islice(_decoded(path, "video"), 60 * MAX_SECONDS):
+    count, limit = 0, 60 * MAX_SECONDS
+    for _ in itertools.islice(_decoded(path, "video"), limit + 1):
         count += 1
-    numbers = np.linspace(0, count - 1, frames).round().astype(int)
-    pictures, size = {}, {}
-    for i, frame in enumerate(itertools.islice(_decoded(path, "video"), count)):
+    if count > limit:
+        _print_once(f"{path}: has more than {limit:,} pictures; the rest is ignored")
+    numbers = np.linspace(0, min(count, limit) - 1, frames).round().astype(int)
+    pictures, first = {}, None
+    for i, frame in enumerate(itertools.islice(_decoded(path, "video"), max(numbers) + 1)):
         if frame.width * frame.height > 2 ** 25:
             raise InputError(f"{path}: pictures of {frame.width} x {frame.height} are too large")
-        if not size:  # every picture gets the size of the first
-            size = {"width": frame.width, "height": frame.height}
+        if first is None:  # every picture gets its size and its orientation
+            first = frame
         if i in numbers:
-            pictures[i] = frame.to_ndarray(format="rgb24", **size)
+            picture = frame.to_ndarray(format="rgb24", width=first.width, height=first.height)
+            pictures[i] = _upright(picture, first)
     return np.stack([pictures[i] for i in numbers])
+
+
+def _upright(picture, frame):
+    """A picture (H, W, 3) turned and flipped as the display matrix of `frame` says."""
+    matrix = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+    if matrix is None:
+        return picture
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]  # shown at x' = ax + cy, y' = bx + dy
+    if abs(b) > abs(a):
+        picture, a, d = picture.swapaxes(0, 1), c, b
+    return picture[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+
+
+def open_image(path):
+    """An image as an upright RGB PIL image. Raises InputError for a file that is broken or far too large."""
+    from PIL import Image, ImageOps
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise InputError(f"{path}: has more than {Image.MAX_IMAGE_PIXELS // 10 ** 6} million pixels; "
+                         "make it smaller") from None
+    except Exception as error:  # PIL's readers raise whatever their parsers meet
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: cannot be read as an image ({reason})") from None
 
 
 def noisy(wave, snr_db, generator, noise=None):
@@ -571,7 +758,7 @@ def load_features(split, encoder, cache_dir, modality="audio"):
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             hashes = _file_hashes(split, folder, pool)
-            key = _sha([CACHE_FORMAT, modality, encoder.hash, hashes])
+            key = _sha([CACHE_FORMAT[modality], modality, encoder.hash, hashes])
             path = folder / f"{modality}_{split.name}_{key[:32]}.safetensors"
             cached = _read_features(path, split)
             if cached is None:
@@ -642,22 +829,25 @@ def _compute(split, encoder, modality, pool):
     if not ids:
         raise InputError(f"none of {len(split.clips)} clips can be decoded; first {reasons[0]}")
     if bad:
-        print(*reasons[:10], f"{len(bad)} of {len(split.clips)} clips are left out", sep="\n")
+        text = "\n".join([*reasons[:10], f"{len(bad)} of {len(split.clips)} clips are left out"])
+        print(text.encode(errors="backslashreplace").decode())
     offsets = torch.tensor([0] + [len(f) for f in frames]).cumsum(0)
     tensors = {"frames": torch.cat(frames), "offsets": offsets, "embeds": torch.stack(embeds)}
-    return tensors, {"ids": json.dumps(ids), "bad": json.dumps(list(bad))}
+    return tensors, {"ids": json.dumps(ids), "bad": json.dumps(bad)}
 
 
 def _read_features(path, split):
-    """(Features, ids of bad clips) of a cache file; None if it is absent or damaged."""
+    """(Features, {id of a bad clip: reason}) of a cache file; None if it is absent or damaged."""
     try:
         with safe_open(path, "pt") as file:
             notes = file.metadata()
             ids, bad = json.loads(notes["ids"]), json.loads(notes["bad"])
             frames, offsets = file.get_tensor("frames"), file.get_tensor("offsets")
             features = Features(frames, offsets, file.get_tensor("embeds"), ids)
+        if bad and isinstance(bad, list):
+            return None  # an older version wrote it, which could not decode some of these clips
         complete = offsets[-1] == len(frames) and len(ids) == len(features.embeds)
-        if complete and ids == [clip.id for clip in split.clips if clip.id not in set(bad)]:
+        if complete and ids == [clip.id for clip in split.clips if clip.id not in bad]:
             return features, bad
     except FileNotFoundError:
         return None
