@@ -77,7 +77,8 @@ def _replacing(path):
 def write_text(path, text):
     """Write a text file atomically. Raises InputError if that fails."""
     with _replacing(path) as tmp:
-        tmp.write_text(text, encoding="utf-8")
+        # half of a surrogate pair, which UTF-8 does not have, is written as JSON's \udc80
+        tmp.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path, obj):
@@ -142,8 +143,9 @@ def read_split(dataset, root, split):
     missing = [clip.id for clip in clips if not clip.path]
     if 10 * len(missing) > len(clips):
         used = {clip.path for clip in clips}
-        names = {path.name for path in files if path not in used and _stem(path.name)[1]}
-        nearest = map(ascii, difflib.get_close_matches(missing[0], names, 3, 0))
+        media = [path for path in files if _stem(path.name)[1]]
+        names = {path.name for path in media if path not in used} or {path.name for path in media[:1000]}
+        nearest = map(ascii, difflib.get_close_matches(missing[0], sorted(names), 3, 0))
         hint = f"nearest names there: {', '.join(nearest) or 'none'}"
         if len(missing) == len(clips):
             raise InputError(f"{table}: none of its {len(clips)} clips, such as {missing[0]}, has a file in "
@@ -330,19 +332,21 @@ def _spellings(name):
 
 def _rows(table, *alternatives):
     """[("file:line", {column: text})] of a CSV that has all the columns of one of the alternatives."""
-    reader = csv.reader(io.StringIO(_text(table), newline=""), strict=True)  # an open quote is an error
+    text = _text(table)
+    delimiter = max(",;\t", key=re.split("[\r\n]", text)[0].count)  # some spreadsheets write ; or tabs
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     rows, line = [], 1
     try:
-        header = [column.strip() for column in next(reader, [])]
+        header = [column.strip().lower() for column in next(reader, [])]
         if not any(columns <= set(header) for columns in alternatives) or len(set(header)) < len(header):
             wanted = " or ".join(", ".join(sorted(columns)) for columns in alternatives)
             raise InputError(f"{table}:1: needs the columns {wanted}, each once; found {ascii(header)[:200]}")
         line = reader.line_num + 1
         for cells in reader:
-            if cells and len(cells) != len(header):
-                raise InputError(f"{table}:{line}: has {len(cells)} fields and the header {len(header)}; "
-                                 "a text with a comma needs quotes")
-            if cells:
+            if any(cells):
+                if len(cells) != len(header):
+                    raise InputError(f"{table}:{line}: has {len(cells)} fields and the header {len(header)}; "
+                                     "a text with a comma needs quotes")
                 rows.append((f"{table}:{line}", dict(zip(header, map(str.strip, cells)))))
             line = reader.line_num + 1
     except csv.Error as error:
@@ -354,13 +358,18 @@ def _rows(table, *alternatives):
 
 def _text(path):
     try:
-        data = Path(path).read_bytes()
-        return data.decode("utf-8-sig")
+        content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: is not UTF-8; save the file as UTF-8") from None
+        line = content.count(b"\n", 0, error.start) + 1
+        name = "UTF-16" if b"\0" in content[:4] else "not UTF-8"
+        raise InputError(f"{path}:{line}: is {name}; save the file as UTF-8") from None
+    if "\0" in text[:4]:
+        raise InputError(f"{path}: is UTF-16; save the file as UTF-8")
+    return text
 
 
 def _clean(location, text, limit=2000):
