@@ -51,7 +51,7 @@ MEDIA = set(".wav .flac .mp3 .ogg .oga .opus .m4a .aac .wma .aif .aiff .au "
             ".mp4 .m4v .mkv .mka .webm .mov .avi .wmv .flv .mpg .mpeg .3gp".split())
 CLOTHO = {"train": "development", "val": "validation", "test": "evaluation"}
 FOLDERS = {"train", "val", "test", *CLOTHO.values(), "analysis"}  # words in the names of folders of one split
-UNSAFE = r"""[<>:"/\\|?*'‘’“”\u29f8\uf000-\uf0ff\x00-\x1f\u200b-\u200f\ufeff]"""  # what file systems replace
+UNSAFE = r"""[<>:"/\\|?*'‘’“”\u29f8\uf000-\uf0ff\x00-\x1f]"""  # what file systems and unpackers replace
 CACHE_FORMAT = {"audio": 1, "video": 2}  # raise it when decoding, windows or pooling change
 
 
@@ -67,8 +67,7 @@ def _replacing(path):
         yield tmp
         os.replace(tmp, path)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", error)
-        raise InputError(f"{path}: cannot be written ({reason})") from None
+        raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', error)})") from None
     finally:
         with contextlib.suppress(OSError):
             tmp.unlink()
@@ -76,15 +75,13 @@ def _replacing(path):
 
 def write_text(path, text):
     """Write a text file atomically. Raises InputError if that fails."""
-    with _replacing(path) as tmp:
-        # half of a surrogate pair, which UTF-8 does not have, is written as JSON's \udc80
+    with _replacing(path) as tmp:  # half a surrogate pair, which UTF-8 lacks, is written as JSON's \\udc80
         tmp.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path, obj):
     """Write JSON atomically. Raises InputError as write_text does, and ValueError for NaN or infinity."""
-    text = json.dumps(obj, indent=1, allow_nan=False, ensure_ascii=False)
-    write_text(path, text + "\n")
+    write_text(path, json.dumps(obj, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 # ---------------------------------------------------------------- data sets
@@ -107,8 +104,7 @@ class Split:
     @property
     def hash(self):
         """sha256 of the ids, questions and references of the clips in use, in any order."""
-        rows = [[c.id, c.question or "", *c.references] for c in self.clips]
-        return _sha(sorted(rows))
+        return _sha(sorted([c.id, c.question or "", *c.references] for c in self.clips))
 
 
 @dataclass(frozen=True)
@@ -134,23 +130,23 @@ def read_split(dataset, root, split):
     files = _walk(root)
     tables = [path for path in files if path.name == table.name]
     if tables and table not in tables:
-        table = tables[0]
-        for other in tables[1:]:
+        table, *others = tables
+        for other in others:
             if not filecmp.cmp(table, other, shallow=False):
-                raise InputError(f"{root}: holds two tables, {table} and {other}; give a folder with one of them, "
-                                 "or move one away")
+                raise InputError(f"{root}: holds two tables, {table} and {other}; give a folder with one of "
+                                 "them, or move one away")
     clips = (_audiocaps if dataset == "audiocaps" else _named_files)(table, files, own)
     missing = [clip.id for clip in clips if not clip.path]
     if 10 * len(missing) > len(clips):
-        used = {clip.path for clip in clips}
         media = [path for path in files if _stem(path.name)[1]]
-        names = {path.name for path in media if path not in used} or {path.name for path in media[:1000]}
-        nearest = map(ascii, difflib.get_close_matches(missing[0], sorted(names), 3, 0))
-        hint = f"nearest names there: {', '.join(nearest) or 'none'}"
+        unused = {path.name for path in set(media) - {clip.path for clip in clips}}
+        names = sorted(unused or {path.name for path in media[:1000]})
+        nearest = ", ".join(map(ascii, difflib.get_close_matches(missing[0], names, 3, 0))) or "none"
         if len(missing) == len(clips):
             raise InputError(f"{table}: none of its {len(clips)} clips, such as {missing[0]}, has a file in "
-                             f"{root} or a folder below; {hint}")
-        print(f"{table}: {len(missing)} of {len(clips)} clips, such as {missing[0]}, have no file; {hint}")
+                             f"{root} or a folder below; nearest names there: {nearest}")
+        print(f"{table}: {len(missing)} of {len(clips)} clips, such as {missing[0]}, have no file; "
+              f"nearest names there: {nearest}")
     return Split(split, [clip for clip in clips if clip.path], missing)
 
 
@@ -158,19 +154,14 @@ def _walk(root):
     """{path: the split that its folders' names say, or None} of the files in `root` and below, nearest first.
 
     Links to folders are followed. Loops are not: no folder is read inside itself, or more than three times."""
-    files, visits = {}, collections.Counter()
-    queue = [(root, None, ())]
+    files, visits, queue = {}, {}, [(root, None, ())]
     for folder, split, above in queue:
-        try:
-            stat = os.stat(folder)
-            names = sorted(os.listdir(folder))
-        except OSError:  # no permission
-            continue
+        stat = os.stat(folder)
         key = stat.st_dev, stat.st_ino
-        visits[key] += 1
-        if key in above or visits[key] > 3:
+        visits[key] = visits.get(key, 0) + 1
+        if key in above or visits[key] > 3 or not os.access(folder, os.R_OK | os.X_OK):
             continue
-        for name in names:
+        for name in sorted(os.listdir(folder)):
             path = folder / name
             if os.path.isfile(path) and not name.startswith("._"):  # macOS keeps notes in such files
                 files[path] = split
@@ -188,19 +179,16 @@ def _match(wanted, files):
     for path, keys in files.items():
         for key in keys:
             index.setdefault(key, []).append(path)
-    for level in range(max(map(len, wanted.values()), default=0)):
+    for level in range(max(map(len, wanted.values()))):
         claims = {}
-        for name, levels in wanted.items():
-            if name in matches or level >= len(levels):
-                continue
-            for key in levels[level]:
+        for name in wanted.keys() - matches.keys():
+            for key in wanted[name][level]:
                 for path in index.get(key, ()):
-                    if path not in taken:
-                        claims.setdefault(path, set()).add(name)
-        for path, names in claims.items():
-            taken.add(path)
-            if len(names) == 1:
-                matches.setdefault(*names, []).append(path)
+                    claims.setdefault(path, set()).add(name)
+        for path in claims.keys() - taken:
+            if len(claims[path]) == 1:
+                matches.setdefault(*claims[path], []).append(path)
+        taken |= claims.keys()
     return matches
 
 
@@ -242,17 +230,14 @@ def _audiocaps(table, files, own):
 def _clip_keys(name, bare):
     """Keys of a file of AudioCaps: (id, start) and, if `bare`, (whole name, None)."""
     stem, suffix = _stem(name)
-    if not suffix:
-        return []
-    keys = [(stem, None)] if bare else []
-    number = r"[_-](\d+(?:\.\d+)?)"
+    keys, number = [(stem, None)] if bare else [], r"[_-](\d+(?:\.\d+)?)"
     if match := re.fullmatch(f"(.+){number}", stem):
         keys.append((match[1], float(match[2])))
     if match := re.fullmatch(f"(.+){number}{number}", stem):
-        start, end = float(match[2]), float(match[3])
-        if 0 < end - start <= 10 or 1000 < end - start <= 10_000:
-            keys.append((match[1], start))
-    return keys
+        length = float(match[3]) - float(match[2])
+        if 0 < length <= 10 or 1000 < length <= 10_000:
+            keys.append((match[1], float(match[2])))
+    return keys if suffix else []
 
 
 def _named_files(table, files, own):
@@ -271,9 +256,9 @@ def _named_files(table, files, own):
             raise InputError(f"{location}: file_name {name!r} appears a second time")
         earlier.append(question)
         number = f"#{len(earlier)}" if len(earlier) > 1 else ""  # several questions about one clip
-        clips.append(Clip(name + number, name, references, question))
+        clips.append((name, name + number, references, question))
     paths = _locate(questions, table, files, own)
-    return [replace(clip, path=paths.get(clip.path)) for clip in clips]
+    return [Clip(id, paths.get(name), *rest) for name, id, *rest in clips]
 
 
 def _locate(names, table, files, own):
@@ -281,21 +266,22 @@ def _locate(names, table, files, own):
     wanted, keys, depths = {}, {}, {0}
     for name in names:
         *parents, base = re.split(r"[/\\]+", name)
-        loose = _name_keys(base)[:None if re.search(UNSAFE, base) else -1]
+        loose = _name_keys(base)[:4 if re.search(UNSAFE, base) else 3]
         exact = [table.parent / folder / name for folder in ("videos", own, "")]
         wanted[name] = [exact] + [[(*parents, key)] for key in loose] + [[(key,)] for key in loose]
+        wanted[name] += [[]] * (9 - len(wanted[name]))
         depths.add(len(parents))
     for path, split in files.items():
         keys[path] = [path]
         if split in (own, None):
             loose = {key for spelling in _spellings(path.name) for key in _name_keys(spelling)}
-            keys[path] += [(*path.parts[-1 - d:-1], key) for d in depths for key in loose]
+            keys[path] += [(*path.parts[-1 - depth:-1], key) for depth in depths for key in loose]
     paths = {}
     for name, copies in _match(wanted, keys).items():
         exact = wanted[name][0]
         ranks = {path: (exact.index(path) if path in exact else 3, files[path] != own, path.name != name)
-                 for path in copies}
-        first, *others = [path for path in copies if ranks[path] == min(ranks.values())]
+                 for path in sorted(copies)}
+        first, *others = [path for path in ranks if ranks[path] == min(ranks.values())]
         for other in others:
             if not filecmp.cmp(first, other, shallow=False):
                 raise InputError(f"{table}: {name} could be {first} or {other}; move one of them away")
@@ -305,10 +291,9 @@ def _locate(names, table, files, own):
 
 def _stem(name):
     """(stem, suffix) of a file name without white space at its ends; suffix "" if it is none of MEDIA."""
-    name = unicodedata.normalize("NFC", name).strip().rstrip(". ")
-    stem, _, suffix = name.rpartition(".")
-    suffix = f".{suffix.lower()}"
-    return (stem.strip(), suffix) if stem.strip() and suffix in MEDIA else (name, "")
+    name = re.sub("[\u200b-\u200f\ufeff]", "", unicodedata.normalize("NFC", name)).strip().rstrip(". ")
+    stem, suffix = map(str.strip, os.path.splitext(name))
+    return (stem, suffix.lower()) if suffix.lower() in MEDIA else (name, "")
 
 
 def _name_keys(name):
@@ -323,10 +308,8 @@ def _spellings(name):
     """A name on disk, and what it was before it was unpacked with a wrong encoding."""
     names = {name, re.sub("#U([0-9a-f]{4})", lambda match: chr(int(match[1], 16)), name)}
     for encoding in ("cp437", "cp1252", "latin-1"):
-        with contextlib.suppress(UnicodeError):
-            names.add(os.fsencode(name).decode(encoding))
-        with contextlib.suppress(UnicodeError):
-            names.add(name.encode(encoding).decode())
+        names.add(os.fsencode(name).decode(encoding, "replace"))
+        names.add(name.encode(encoding, "replace").decode(errors="replace"))
     return names
 
 
@@ -338,16 +321,19 @@ def _rows(table, *alternatives):
     rows, line = [], 1
     try:
         header = [column.strip().lower() for column in next(reader, [])]
+        while header and not header[-1]:  # spreadsheets write empty columns
+            header.pop()
         if not any(columns <= set(header) for columns in alternatives) or len(set(header)) < len(header):
             wanted = " or ".join(", ".join(sorted(columns)) for columns in alternatives)
             raise InputError(f"{table}:1: needs the columns {wanted}, each once; found {ascii(header)[:200]}")
         line = reader.line_num + 1
         for cells in reader:
+            cells = [cell.replace("\xa0", " ").strip() for cell in cells]
             if any(cells):
-                if len(cells) != len(header):
+                if len(cells) < len(header) or any(cells[len(header):]):
                     raise InputError(f"{table}:{line}: has {len(cells)} fields and the header {len(header)}; "
                                      "a text with a comma needs quotes")
-                rows.append((f"{table}:{line}", dict(zip(header, map(str.strip, cells)))))
+                rows.append((f"{table}:{line}", dict(zip(header, cells))))
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{table}:{line}: is not CSV ({error})") from None
@@ -357,19 +343,17 @@ def _rows(table, *alternatives):
 
 
 def _text(path):
+    content = b""
     try:
         content = Path(path).read_bytes()
+        if b"\0" in content[:4]:
+            raise InputError(f"{path}: is UTF-16 or no text; save the file as UTF-8")
+        return content.decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    try:
-        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        name = "UTF-16" if b"\0" in content[:4] else "not UTF-8"
-        raise InputError(f"{path}:{line}: is {name}; save the file as UTF-8") from None
-    if "\0" in text[:4]:
-        raise InputError(f"{path}: is UTF-16; save the file as UTF-8")
-    return text
+        raise InputError(f"{path}:{line}: is not UTF-8; save the file as UTF-8") from None
 
 
 def _clean(location, text, limit=2000):
@@ -398,23 +382,18 @@ def read_qa(path, images=None, limit=1000, seed=0):
 
     Reads LLaVA-Instruct JSON, a list of {id, image, conversations} (the first exchange of each), and JSONL or
     a JSON list of {image, question, answer}. Images are in the folder `images`, else in images/ beside the
-    file, else beside the file. Raises InputError for a record without question or answer, and for a chosen
-    image that does not exist."""
-    path = Path(path)
-    questions, counts = [], {}
+    file, else beside it. Raises InputError for a record without question or answer, and for a chosen image
+    that does not exist."""
+    path, questions, counts = Path(path), [], {}
     for location, record in _records(path):
-        row = _question(location, record, len(questions))
-        if row is None:
-            continue
-        id = row[0]
+        if isinstance(record, dict) and "conversations" in record and "image" not in record:
+            continue  # LLaVA's mixtures have talks without an image
+        id, *rest = _question(location, record, len(questions))
         counts[id] = counts.get(id, 0) + 1  # LLaVA-Instruct has several talks with one id
-        if counts[id] > 1:
-            id = f"{id}#{counts[id]}"
-        questions.append((id, *row[1:]))
+        questions.append((f"{id}#{counts[id]}" if counts[id] > 1 else id, *rest))
     if not questions:
         raise InputError(f"{path}: has no questions about images")
-    questions.sort(key=lambda q: _sha([seed, *q[1:], q[0]]))
-    chosen = questions[:limit]
+    chosen = sorted(questions, key=lambda q: _sha([seed, *q[1:], q[0]]))[:limit]
     beside = path.parent / "images"
     folder = Path(images) if images else beside if beside.is_dir() else path.parent
     absent = [row[1] for row in chosen if not os.path.isfile(folder / row[1])]
@@ -429,40 +408,34 @@ def _records(path):
     text, line = _text(path), 1
     try:
         if text.lstrip().startswith("["):
-            records = json.loads(text)
-            return [(f"{path}: record {n}", record) for n, record in enumerate(records, 1)]
+            return [(f"{path}: record {n}", record) for n, record in enumerate(json.loads(text), 1)]
         records = []
         for line, row in enumerate(text.split("\n"), 1):
             if row.strip():
                 records.append((f"{path}:{line}", json.loads(row)))
         return records
     except (ValueError, RecursionError) as error:
-        line += getattr(error, "lineno", 1) - 1
-        reason = getattr(error, "msg", "too deep or large")
+        line, reason = line + getattr(error, "lineno", 1) - 1, getattr(error, "msg", "too deep or large")
         raise InputError(f"{path}:{line}: is not JSON ({reason})") from None
 
 
 def _question(location, record, number):
-    """(id, image, question, answer, kind) of a record; None for a talk without an image."""
+    """(id, image, question, answer, kind) of a record."""
     try:
         if "conversations" in record:
-            if "image" not in record:
-                return None
             turns = {turn["from"]: turn["value"] for turn in record["conversations"][:2]}
             question, answer = turns["human"].replace("<image>", ""), turns["gpt"]
         else:
             question, answer = record.get("question", record.get("text")), record["answer"]
-        lines = question.strip().split("\n")
-        question = "\n".join(_clean(location, line, 20_000) for line in lines)
+        question = "\n".join(_clean(location, line, 20_000) for line in question.strip().split("\n"))
         answer = _clean(location, str(answer), 20_000)
     except (TypeError, KeyError, AttributeError):
         raise InputError(f"{location}: lacks a question or its answer; the probe needs both") from None
     if not question or not answer:
         raise InputError(f"{location}: has an empty question or answer")
-    id = record.get("id", record.get("question_id", number))
-    kind = record.get("kind", record.get("category", ""))
-    image = _inside(location, record.get("image"))
-    return _clean(location, str(id)), image, question, answer, _clean(location, str(kind))
+    id = _clean(location, str(record.get("id", record.get("question_id", number))))
+    kind = _clean(location, str(record.get("kind", record.get("category", ""))))
+    return id, _inside(location, record.get("image")), question, answer, kind
 
 
 # ---------------------------------------------------------------- sound and video
@@ -486,9 +459,10 @@ def _decoded(path, kind):
                 good += bool(frames)
                 yield from frames
     except (av.FFmpegError, OSError) as error:
+        reason = error.strerror or error
         if not good:
-            reason = error.strerror or error
             raise InputError(f"{path}: cannot be decoded as {kind} ({reason})") from None
+        _print_once(f"{path}: only a first part can be decoded as {kind} ({reason})")
     if damaged >= good:  # a few bad packets are tolerated, as every player does
         raise InputError(f"{path}: cannot be decoded as {kind} (empty or damaged)")
 
@@ -497,8 +471,11 @@ def decode_audio(path, rate, max_seconds=MAX_SECONDS):
     """Sound of any audio or video file as mono float32 (samples,) at `rate` Hz, at most `max_seconds` of it.
 
     Channels are averaged. Raises InputError when there is no sound in the file or it is not finite."""
+    def layout(frame):  # it may change midway
+        return frame.sample_rate, frame.layout.name, frame.format.name
+
     waves, seconds = [torch.zeros(0)], 0
-    for (source, *_), frames in itertools.groupby(_decoded(path, "audio"), _sound_format):
+    for (source, *_), frames in itertools.groupby(_decoded(path, "audio"), layout):
         if not 1000 <= source <= 1_000_000:
             raise InputError(f"{path}: has a sample rate of {source}, which is impossible")
         wave = _mono(path, frames, (max_seconds - seconds) * source)
@@ -514,11 +491,6 @@ def decode_audio(path, rate, max_seconds=MAX_SECONDS):
     if len(wave) > limit:
         _print_once(f"{path}: is longer than {max_seconds:g} seconds; the rest of its sound is ignored")
     return wave[:limit].numpy()
-
-
-def _sound_format(frame):
-    """What may change midway in a stream, and then needs another resampler."""
-    return frame.sample_rate, frame.layout.name, frame.format.name
 
 
 def _mono(path, frames, limit):
@@ -584,10 +556,13 @@ def open_image(path):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I;16"):  # convert() would cut off all above 255
+                    image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+                return image.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise InputError(f"{path}: has more than {Image.MAX_IMAGE_PIXELS // 10 ** 6} million pixels; "
-                         "make it smaller") from None
+        limit = Image.MAX_IMAGE_PIXELS // 10 ** 6
+        raise InputError(f"{path}: has more than {limit} million pixels; make it smaller") from None
     except Exception as error:  # PIL's readers raise whatever their parsers meet
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: cannot be read as an image ({reason})") from None
@@ -625,10 +600,9 @@ def _pretrained(path, model_class, processor_class):
     lacking = [*report["missing_keys"], *map(str, report["mismatched_keys"])]
     if lacking:  # transformers would draw them at random and go on
         raise InputError(f"{path}: no {model_class.__name__}; {len(lacking)} weights lack: {lacking[0]}")
-    extractor = getattr(processor, "feature_extractor", processor)
-    settings = [model.config.to_dict(), extractor.to_dict()]
-    for part in settings:
-        for key in ("_name_or_path", "transformers_version", "processor_class"):  # no effect on the output
+    settings = [model.config.to_dict(), getattr(processor, "feature_extractor", processor).to_dict()]
+    for key in ("_name_or_path", "transformers_version", "processor_class"):  # no effect on the output
+        for part in settings:
             part.pop(key, None)
     digest = hashlib.sha256(_sha(settings).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -653,11 +627,8 @@ class AudioEncoder:
 
     def _windows(self, wave):
         """[(samples, the share of them that is new)]: consecutive windows, the last one right-aligned."""
-        size = self.size
-        windows = []
-        for start in range(0, max(len(wave) - size, 0) + 1, size):
-            windows.append((wave[start:start + size], 1.0))
-        tail = len(wave) % size if len(wave) > size else 0
+        size, tail = self.size, len(wave) % self.size if len(wave) > self.size else 0
+        windows = [(wave[i:i + size], 1.0) for i in range(0, max(len(wave) - size, 0) + 1, size)]
         if tail >= self.rate:  # a tail below one second is dropped
             windows.append((wave[-size:], tail / size))
         return windows
@@ -800,9 +771,7 @@ def _build_features(path, split, encoder, modality, pool):
 def _decode(encoder, modality, clip):
     """The wave or the pictures of a clip, or the InputError."""
     try:
-        if modality == "video":
-            return decode_video(clip.path, encoder.frames)
-        return decode_audio(clip.path, encoder.rate)
+        return decode_video(clip.path, encoder.frames) if modality == "video" else decode_audio(clip.path, encoder.rate)
     except InputError as error:
         return error
 
@@ -811,21 +780,13 @@ def _compute(split, encoder, modality, pool):
     """Tensors and notes of a cache file; threads decode one chunk ahead of the encoder."""
     decode = functools.partial(_decode, encoder, modality)
     chunks = [split.clips[i:i + 16] for i in range(0, len(split.clips), 16)]
-    frames, embeds, ids, bad = [], [], [], {}
-    ahead = pool.map(decode, chunks[0])
+    frames, embeds, ids, bad, ahead = [], [], [], {}, pool.map(decode, chunks[0])
     with tqdm(total=len(split.clips), desc=f"{modality} features, {split.name}", disable=None) as bar:
-        for n, chunk in enumerate(chunks, 1):
-            decoded = list(ahead)
-            if n < len(chunks):
-                ahead = pool.map(decode, chunks[n])
-            clips, inputs = [], []
-            for clip, result in zip(chunk, decoded):
-                if isinstance(result, InputError):
-                    bad[clip.id] = str(result)
-                else:
-                    clips.append(clip)
-                    inputs.append(result)
-            for clip, f, embed in zip(clips, *encoder.encode(inputs)):
+        for chunk, following in itertools.zip_longest(chunks, chunks[1:], fillvalue=()):
+            decoded, ahead = list(zip(chunk, ahead)), pool.map(decode, following)
+            bad |= {clip.id: str(result) for clip, result in decoded if isinstance(result, InputError)}
+            good = [(clip, result) for clip, result in decoded if clip.id not in bad]
+            for (clip, _), f, embed in zip(good, *encoder.encode([result for _, result in good])):
                 f = f.half()
                 if not (f.isfinite().all() and embed.isfinite().all()):
                     bad[clip.id] = f"{clip.path}: its features are not finite"
@@ -834,12 +795,11 @@ def _compute(split, encoder, modality, pool):
                 embeds.append(embed)
                 ids.append(clip.id)
             bar.update(len(chunk))
-    reasons = list(bad.values())
+    reasons = [text.encode(errors="backslashreplace").decode() for text in bad.values()]
     if not ids:
         raise InputError(f"none of {len(split.clips)} clips can be decoded; first {reasons[0]}")
     if bad:
-        text = "\n".join([*reasons[:10], f"{len(bad)} of {len(split.clips)} clips are left out"])
-        print(text.encode(errors="backslashreplace").decode())
+        print(*reasons[:10], f"{len(bad)} of {len(split.clips)} clips are left out", sep="\n")
     offsets = torch.tensor([0] + [len(f) for f in frames]).cumsum(0)
     tensors = {"frames": torch.cat(frames), "offsets": offsets, "embeds": torch.stack(embeds)}
     return tensors, {"ids": json.dumps(ids), "bad": json.dumps(bad)}

@@ -836,7 +836,7 @@ def test_a_file_of_any_bytes_in_its_name_is_decoded(tmp_path, clap):
 
 
 @pytest.mark.parametrize("encode, message", [
-    (lambda text: text.encode("utf-16"), "is UTF-16; save the file as UTF-8"),
+    (lambda text: text.encode("utf-16"), "is UTF-16 or no text; save the file as UTF-8"),
     (lambda text: text.encode("utf-16-le"), "is UTF-16"), (lambda text: text.encode("utf-16-be"), "is UTF-16")])
 def test_tables_in_another_encoding_are_one_line(tmp_path, encode, message):
     audiocaps(tmp_path, "", ["a.wav"])
