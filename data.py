@@ -3,20 +3,25 @@
     python -c "import data; print(data.read_split('audiocaps', 'tiny/data/audiocaps', 'test').clips[0])"
     python -c "import data; print(data.decode_audio('tiny/data/av/videos/test_0000.mp4', 16000).shape)"
 
-What a person can get wrong raises InputError: one line with the file, its line and what to do. Nothing is
-unpickled and no code that comes with a model is run. Letters: B clips, S encoder frames, E encoder width,
-P width of the shared space of sound and text, F pictures of a video.
+A person's mistake raises InputError: one line with the file, its line and what to do. Nothing is unpickled,
+and no code that comes with a model is run. Letters: B clips, S encoder frames, E encoder width, P width of the
+space that sound and text share, F pictures of a video.
 """
-try:  # torchaudio's wheel links CUDA: beside a CPU-only torch its compiled half cannot load and the import
-    import torchaudio  # fails, and with it that of transformers' LLaVA. Its Python half is all we need.
+try:
+    import torchaudio
 except OSError:
+    # torchaudio's wheel links CUDA. Beside a CPU-only torch its compiled half cannot be loaded, and then
+    # neither can transformers' LLaVA. Its Python half is all that we need.
     import sys
     sys.modules["torchaudio._extension.utils"]._load_lib = lambda lib: False
     import torchaudio
 
+import collections
 import contextlib
 import csv
+import difflib
 import fcntl
+import filecmp
 import functools
 import hashlib
 import io
@@ -25,22 +30,29 @@ import json
 import math
 import os
 import re
+import unicodedata
+import urllib.parse
+import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import av.sidedata.sidedata
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-MAX_SECONDS = 600  # of one clip; whatever a header claims, no more than this is held
-MEDIA = set(".wav .flac .mp3 .ogg .opus .m4a .aac .mp4 .mkv .mka .webm .mov .avi .wma .aif .aiff .au".split())
-CLOTHO = {"train": "development", "val": "validation", "test": "evaluation"}  # its names for the splits
-CACHE_FORMAT = 1  # raise it when decoding, windows or pooling change, so that older features are not read
+MAX_SECONDS = 600  # of one clip; longer clips are cut
+MEDIA = set(".wav .flac .mp3 .ogg .oga .opus .m4a .aac .wma .aif .aiff .au "
+            ".mp4 .m4v .mkv .mka .webm .mov .avi .wmv .flv .mpg .mpeg .3gp".split())
+CLOTHO = {"train": "development", "val": "validation", "test": "evaluation"}
+FOLDERS = {"train", "val", "test", *CLOTHO.values(), "analysis"}  # words in the names of folders of one split
+UNSAFE = r"""[<>:"/\\|?*'‘’“”\u29f8\uf000-\uf0ff\x00-\x1f]"""  # what file systems and unpackers replace
+CACHE_FORMAT = {"audio": 1, "video": 2}  # raise it when decoding, windows or pooling change
 
 
 class InputError(ValueError):
@@ -49,7 +61,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def _replacing(path):
-    """A temporary path that becomes `path` at the end of the block, so that no reader meets half a file."""
+    """A temporary path that replaces `path` at the end of the block, so nobody reads half a file."""
     tmp = Path(f"{path}.tmp.{os.getpid()}")
     try:
         yield tmp
@@ -62,13 +74,13 @@ def _replacing(path):
 
 
 def write_text(path, text):
-    """Write a text file atomically. Raises InputError where that is not possible."""
-    with _replacing(path) as tmp:
-        tmp.write_text(text, encoding="utf-8")
+    """Write a text file atomically. Raises InputError if that fails."""
+    with _replacing(path) as tmp:  # half a surrogate pair, which UTF-8 lacks, is written as JSON's \\udc80
+        tmp.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path, obj):
-    """Write JSON atomically. Raises as write_text does, and ValueError for a number that is not finite."""
+    """Write JSON atomically. Raises InputError as write_text does, and ValueError for NaN or infinity."""
     write_text(path, json.dumps(obj, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
@@ -79,19 +91,19 @@ class Clip:
     id: str
     path: Path
     references: list[str]
-    question: str | None = None  # in an audio-visual set with questions; the references are its answers
+    question: str | None = None  # in an audio-visual set with questions; the references are answers
 
 
 @dataclass
 class Split:
     name: str
     clips: list[Clip]
-    missing: list[str]  # ids whose file is not there
-    bad: list[str] = field(default_factory=list)  # ids whose file cannot be decoded: see load_features
+    missing: list[str]  # ids of clips without a file
+    bad: list[str] = field(default_factory=list)  # ids of clips that cannot be decoded
 
     @property
     def hash(self):
-        """sha256 over ids, questions and references of the clips in use, whatever their order."""
+        """sha256 of the ids, questions and references of the clips in use, in any order."""
         return _sha(sorted([c.id, c.question or "", *c.references] for c in self.clips))
 
 
@@ -105,96 +117,223 @@ class Question:
 
 
 def read_split(dataset, root, split):
-    """Read "train", "val" or "test" of "audiocaps", "clotho" or "av" in the folder `root`.
+    """Read "train", "val" or "test" of "audiocaps", "clotho" or "av" in the folder `root` and those below.
 
-    Clips without a file are listed in `missing`. Raises InputError for whatever is wrong in the table, and
-    when not one file is there."""
+    Clips without a file are listed in `missing`. Raises InputError for an error in the table, for a clip that
+    could be either of two files, and when no clip has a file."""
     if dataset not in ("audiocaps", "clotho", "av") or split not in CLOTHO:
         raise InputError(f"{dataset} {split}: choose audiocaps, clotho or av and train, val or test")
-    root, name = Path(root), CLOTHO[split] if dataset == "clotho" else split
-    table = root / (f"clotho_captions_{name}.csv" if dataset == "clotho" else f"{name}.csv")
+    root, own = Path(root), CLOTHO[split] if dataset == "clotho" else split
+    table = root / (f"clotho_captions_{own}.csv" if dataset == "clotho" else f"{own}.csv")
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the one that holds {table.name}")
-    if dataset == "audiocaps":
-        clips, folders = _audiocaps(table, split), [f"{root} and all folders below"]
-    else:
-        folders = [root / name] if dataset == "clotho" else [root / "videos", root / name, root]
-        clips = _named_files(table, folders)
-    found = [clip for clip in clips if clip.path]
-    if not found:
-        raise InputError(f"{table}: none of its {len(clips)} clips, such as {clips[0].id}, has a file in "
-                         + " or ".join(map(str, folders)))
-    return Split(split, found, [clip.id for clip in clips if not clip.path])
+    files = _walk(root)
+    tables = [path for path in files if path.name == table.name]
+    if tables and table not in tables:
+        table, *others = tables
+        for other in others:
+            if not filecmp.cmp(table, other, shallow=False):
+                raise InputError(f"{root}: holds two tables, {table} and {other}; give a folder with one of "
+                                 "them, or move one away")
+    clips = (_audiocaps if dataset == "audiocaps" else _named_files)(table, files, own)
+    missing = [clip.id for clip in clips if not clip.path]
+    if 10 * len(missing) > len(clips):
+        media = [path for path in files if _stem(path.name)[1]]
+        unused = {path.name for path in set(media) - {clip.path for clip in clips}}
+        names = sorted(unused or {path.name for path in media[:1000]})
+        nearest = ", ".join(map(ascii, difflib.get_close_matches(missing[0], names, 3, 0))) or "none"
+        if len(missing) == len(clips):
+            raise InputError(f"{table}: none of its {len(clips)} clips, such as {missing[0]}, has a file in "
+                             f"{root} or a folder below; nearest names there: {nearest}")
+        print(f"{table}: {len(missing)} of {len(clips)} clips, such as {missing[0]}, have no file; "
+              f"nearest names there: {nearest}")
+    return Split(split, [clip for clip in clips if clip.path], missing)
 
 
-def _audiocaps(table, split):
-    """Clips of an AudioCaps table, path None where no file has one of the names that people use."""
-    rows, numbers, starts = {}, set(), {}
-    for where, row in _rows(table, {"audiocap_id", "youtube_id", "start_time", "caption"}):
-        number, video, time = row["audiocap_id"], _inside(where, row["youtube_id"]), row["start_time"]
+def _walk(root):
+    """{path: the split that its folders' names say, or None} of the files in `root` and below, nearest first.
+
+    Links to folders are followed. Loops are not: no folder is read inside itself, or more than three times."""
+    files, visits, queue = {}, {}, [(root, None, ())]
+    for folder, split, above in queue:
+        stat = os.stat(folder)
+        key = stat.st_dev, stat.st_ino
+        visits[key] = visits.get(key, 0) + 1
+        if key in above or visits[key] > 3 or not os.access(folder, os.R_OK | os.X_OK):
+            continue
+        for name in sorted(os.listdir(folder)):
+            path = folder / name
+            if os.path.isfile(path) and not name.startswith("._"):  # macOS keeps notes in such files
+                files[path] = split
+            elif os.path.isdir(path) and name[0] != "." and name not in ("__MACOSX", "@eaDir"):
+                words = FOLDERS & set(re.findall("[a-z]+", name.lower()))
+                queue.append((path, words.pop() if len(words) == 1 else split, (*above, key)))
+    return files
+
+
+def _match(wanted, files):
+    """{name: [path]} from {name: [keys, strictest first]} and {path: keys}.
+
+    A file goes to the name that wants it with the strictest keys; if two names do, to neither."""
+    index, matches, taken = {}, {}, set()
+    for path, keys in files.items():
+        for key in keys:
+            index.setdefault(key, []).append(path)
+    for level in range(max(map(len, wanted.values()))):
+        claims = {}
+        for name in wanted.keys() - matches.keys():
+            for key in wanted[name][level]:
+                for path in index.get(key, ()):
+                    claims.setdefault(path, set()).add(name)
+        for path in claims.keys() - taken:
+            if len(claims[path]) == 1:
+                matches.setdefault(*claims[path], []).append(path)
+        taken |= claims.keys()
+    return matches
+
+
+def _audiocaps(table, files, own):
+    """Clips of an AudioCaps table; path is None if no file has one of the usual names.
+
+    These are youtube_id_start and youtube_id_start_end in seconds or milliseconds; youtube_id, if the table
+    has it once; the same with a Y before it; and audiocap_id."""
+    clips, numbers, starts = {}, set(), collections.Counter()
+    for location, row in _rows(table, {"audiocap_id", "youtube_id", "start_time", "caption"}):
+        number, video, time = row["audiocap_id"], _inside(location, row["youtube_id"]), row["start_time"]
         if number in numbers:
-            raise InputError(f"{where}: audiocap_id {number!r} appears a second time")
+            raise InputError(f"{location}: audiocap_id {number!r} appears a second time")
         if not re.fullmatch(r"\d{1,5}(\.\d{1,3})?", time):
-            raise InputError(f"{where}: start_time {time[:40]!r} is not a number of seconds")
+            raise InputError(f"{location}: start_time {time[:40]!r} is not a number of seconds")
         numbers.add(number)
-        starts.setdefault(video, set()).add(float(time))
-        _, same, references = rows.setdefault((video, float(time)), (where, [], []))
-        same.append(number)
-        references += filter(None, [_clean(where, row["caption"])])
-    files, clips = {}, []
-    # links to folders are followed at the top only: links can make loops
-    tops = list(table.parent.iterdir())
-    for path in itertools.chain(tops, *(top.rglob("*") for top in tops)):
-        if path.suffix.lower() in MEDIA:
-            files.setdefault(path.stem, set()).add(path)
-    for (video, start), (where, numbers, references) in rows.items():
+        clip = video, float(time)
+        starts[video] += clip not in clips
+        _, references, ids = clips.setdefault(clip, (location, [], []))
+        references += filter(None, [_clean(location, row["caption"])])
+        ids.append((number.removesuffix(".0"), None))
+    wanted = {}
+    for (video, start), (location, references, ids) in clips.items():
         if not references:
-            raise InputError(f"{where}: clip {video} has no caption")
-        begin, end = ([f"{t:g}", f"{1000 * t:.0f}", f"{t:.3f}", f"{t:06g}"] for t in (start, start + 10))
-        stems = [f"{video}_{time}" for time in begin + list(map("_".join, zip(begin, end)))]
-        stems += [video] * (len(starts[video]) == 1)  # with two times, the bare name could mean either
-        stem = next((s for s in [*stems, *(f"Y{s}" for s in stems), *numbers] if s in files), None)
-        copies = sorted(files.get(stem, ()))  # the one in a folder named after the split is taken
-        copies.sort(key=lambda path: split not in path.relative_to(table.parent).parts)
-        clips.append(Clip(f"{video}_{start:g}", copies[0] if copies else None, references))
-    return clips
+            raise InputError(f"{location}: clip {video} has no caption")
+        other = f"Y{video}"
+        bare = [(video, None), (other, None)] if starts[video] == 1 else []
+        milliseconds = [(video, 1000 * start), (other, 1000 * start)]
+        wanted[video, start] = [[(video, start)], [(other, start)], milliseconds, bare, ids]
+    matches = _match(wanted, {path: _clip_keys(path.name, files[path] in (own, None)) for path in files})
+    out = []
+    for (video, start), (_, references, _) in clips.items():
+        copies = matches.get((video, start), [])  # one in a folder named after the split is preferred
+        path = min(copies, key=lambda path: (files[path] != own, path), default=None)
+        out.append(Clip(f"{video}_{start:g}", path, references))
+    return out
 
 
-def _named_files(table, folders):
+def _clip_keys(name, bare):
+    """Keys of a file of AudioCaps: (id, start) and, if `bare`, (whole name, None)."""
+    stem, suffix = _stem(name)
+    keys, number = [(stem, None)] if bare else [], r"[_-](\d+(?:\.\d+)?)"
+    if match := re.fullmatch(f"(.+){number}", stem):
+        keys.append((match[1], float(match[2])))
+    if match := re.fullmatch(f"(.+){number}{number}", stem):
+        length = float(match[3]) - float(match[2])
+        if 0 < length <= 10 or 1000 < length <= 10_000:
+            keys.append((match[1], float(match[2])))
+    return keys if suffix else []
+
+
+def _named_files(table, files, own):
     """Clips of a table with file_name and either caption_1, caption_2, … or question and answer."""
-    clips, seen = [], {}
-    for where, row in _rows(table, {"file_name", "caption_1"}, {"file_name", "question", "answer"}):
-        name = _inside(where, row["file_name"])
-        question = _clean(where, row["question"]) if "question" in row else None
-        columns = ["answer"] if "question" in row else [c for c in row if re.fullmatch(r"caption_\d+", c)]
-        references = [text for text in (_clean(where, row[c]) for c in columns) if text]
+    clips, questions = [], {}
+    for location, row in _rows(table, {"file_name", "caption_1"}, {"file_name", "question", "answer"}):
+        name, question = _inside(location, row["file_name"]), None
+        columns = [c for c in row if re.fullmatch(r"caption_\d+", c)]
+        if "question" in row:
+            columns, question = ["answer"], _clean(location, row["question"])
+        references = list(filter(None, [_clean(location, row[c]) for c in columns]))
         if not references or question == "":
-            raise InputError(f"{where}: clip {name} has no caption, or no question or answer")
-        if question in seen.setdefault(name, []):
-            raise InputError(f"{where}: file_name {name!r} appears a second time")
-        seen[name].append(question)
-        path = next((folder / name for folder in folders if os.path.isfile(folder / name)), None)
-        again = f"#{len(seen[name])}" if len(seen[name]) > 1 else ""  # a clip may be asked several things
-        clips.append(Clip(name + again, path, references, question))
-    return clips
+            raise InputError(f"{location}: clip {name} has no caption, or no question or answer")
+        earlier = questions.setdefault(name, [])
+        if question in earlier:
+            raise InputError(f"{location}: file_name {name!r} appears a second time")
+        earlier.append(question)
+        number = f"#{len(earlier)}" if len(earlier) > 1 else ""  # several questions about one clip
+        clips.append((name, name + number, references, question))
+    paths = _locate(questions, table, files, own)
+    return [Clip(id, paths.get(name), *rest) for name, id, *rest in clips]
+
+
+def _locate(names, table, files, own):
+    """{name: path} for the names in a table: the file as named, else the one that a person would say it is."""
+    wanted, keys, depths = {}, {}, {0}
+    for name in names:
+        *parents, base = re.split(r"[/\\]+", name)
+        loose = _name_keys(base)[:4 if re.search(UNSAFE, base) else 3]
+        exact = [table.parent / folder / name for folder in ("videos", own, "")]
+        wanted[name] = [exact] + [[(*parents, key)] for key in loose] + [[(key,)] for key in loose]
+        wanted[name] += [[]] * (9 - len(wanted[name]))
+        depths.add(len(parents))
+    for path, split in files.items():
+        keys[path] = [path]
+        if split in (own, None):
+            loose = {key for spelling in _spellings(path.name) for key in _name_keys(spelling)}
+            keys[path] += [(*path.parts[-1 - depth:-1], key) for depth in depths for key in loose]
+    paths = {}
+    for name, copies in _match(wanted, keys).items():
+        exact = wanted[name][0]
+        ranks = {path: (exact.index(path) if path in exact else 3, files[path] != own, path.name != name)
+                 for path in sorted(copies)}
+        first, *others = [path for path in ranks if ranks[path] == min(ranks.values())]
+        for other in others:
+            if not filecmp.cmp(first, other, shallow=False):
+                raise InputError(f"{table}: {name} could be {first} or {other}; move one of them away")
+        paths[name] = first
+    return paths
+
+
+def _stem(name):
+    """(stem, suffix) of a file name without white space at its ends; suffix "" if it is none of MEDIA."""
+    name = re.sub("[\u200b-\u200f\ufeff]", "", unicodedata.normalize("NFC", name)).strip().rstrip(". ")
+    stem, suffix = map(str.strip, os.path.splitext(name))
+    return (stem, suffix.lower()) if suffix.lower() in MEDIA else (name, "")
+
+
+def _name_keys(name):
+    """Keys of a file name: itself, its stem, and that with unsafe characters replaced by _ or left out."""
+    stem, suffix = _stem(name)
+    text = unicodedata.normalize("NFKC", urllib.parse.unquote(stem)).casefold()
+    replaced, without = re.sub(rf"({UNSAFE}|[\s_])+", "_", text), re.sub(rf"{UNSAFE}|[\s_-]", "", text)
+    return [(0, stem + suffix), (1, stem), (2, replaced), (3, without)]
+
+
+def _spellings(name):
+    """A name on disk, and what it was before it was unpacked with a wrong encoding."""
+    names = {name, re.sub("#U([0-9a-f]{4})", lambda match: chr(int(match[1], 16)), name)}
+    for encoding in ("cp437", "cp1252", "latin-1"):
+        names.add(os.fsencode(name).decode(encoding, "replace"))
+        names.add(name.encode(encoding, "replace").decode(errors="replace"))
+    return names
 
 
 def _rows(table, *alternatives):
     """[("file:line", {column: text})] of a CSV that has all the columns of one of the alternatives."""
-    reader = csv.reader(io.StringIO(_text(table), newline=""), strict=True)  # an open quote is an error
+    text = _text(table)
+    delimiter = max(",;\t", key=re.split("[\r\n]", text)[0].count)  # some spreadsheets write ; or tabs
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     rows, line = [], 1
     try:
-        header = [column.strip() for column in next(reader, [])]
+        header = [column.strip().lower() for column in next(reader, [])]
+        while header and not header[-1]:  # spreadsheets write empty columns
+            header.pop()
         if not any(columns <= set(header) for columns in alternatives) or len(set(header)) < len(header):
             wanted = " or ".join(", ".join(sorted(columns)) for columns in alternatives)
             raise InputError(f"{table}:1: needs the columns {wanted}, each once; found {ascii(header)[:200]}")
         line = reader.line_num + 1
         for cells in reader:
-            if cells and len(cells) != len(header):
-                raise InputError(f"{table}:{line}: has {len(cells)} fields and the header {len(header)}; "
-                                 "a text with a comma needs quotes")
-            if cells:
-                rows.append((f"{table}:{line}", dict(zip(header, map(str.strip, cells)))))
+            cells = [cell.replace("\xa0", " ").strip() for cell in cells]
+            if any(cells):
+                if len(cells) < len(header) or any(cells[len(header):]):
+                    raise InputError(f"{table}:{line}: has {len(cells)} fields and the header {len(header)}; "
+                                     "a text with a comma needs quotes")
+                rows.append((f"{table}:{line}", dict(zip(header, cells))))
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{table}:{line}: is not CSV ({error})") from None
@@ -204,29 +343,33 @@ def _rows(table, *alternatives):
 
 
 def _text(path):
+    content = b""
     try:
-        data = Path(path).read_bytes()
-        return data.decode("utf-8-sig")
+        content = Path(path).read_bytes()
+        if b"\0" in content[:4]:
+            raise InputError(f"{path}: is UTF-16 or no text; save the file as UTF-8")
+        return content.decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = content.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{line}: is not UTF-8; save the file as UTF-8") from None
 
 
-def _clean(where, text, limit=2000):
-    """One line of printable text: white space folded, terminal escapes and control characters left out."""
+def _clean(location, text, limit=2000):
+    """One line of printable text: white space collapsed, terminal escapes and control characters removed."""
     if len(text) > limit:
-        raise InputError(f"{where}: has a text of {len(text):,} characters; the limit is {limit:,}")
+        raise InputError(f"{location}: has a text of {len(text):,} characters; the limit is {limit:,}")
     text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?)?", "", text)
-    return " ".join("".join(c for c in text if c.isprintable() or c.isspace()).split())
+    text = "".join(c for c in text if c.isprintable() or c.isspace())
+    return " ".join(text.split())
 
 
-def _inside(where, name):
-    """`name` if it is that of a file and does not lead out of its folder."""
-    if not isinstance(name, str) or not name.isprintable() or not re.match(r"[^/\\]", name) \
-            or ".." in re.split(r"[/\\]", name):
-        raise InputError(f"{where}: {ascii(name)[:200]} is not a file name, or leads out of its folder")
+def _inside(location, name):
+    """`name`, if it is a file name that does not lead out of its folder."""
+    valid = isinstance(name, str) and name.isprintable() and re.match(r"[^/\\]", name)
+    if not valid or ".." in re.split(r"[/\\]", name):
+        raise InputError(f"{location}: {ascii(name)[:200]} is not a file name, or leads out of its folder")
     return name
 
 
@@ -235,67 +378,79 @@ def _sha(obj):
 
 
 def read_qa(path, images=None, limit=1000, seed=0):
-    """([Question], sha256): a seeded subset of a visual question-answering file and the hash that fixes it.
+    """([Question], sha256): a seeded subset of a file of questions about images, and its hash.
 
-    Reads LLaVA-Instruct JSON, a list of {id, image, conversations} (of a talk, the first exchange), and JSONL
-    or a JSON list of {image, question, answer}. Images lie in `images`, else in images/ beside the file, else
-    beside it. Raises InputError for a record without question or answer and for a chosen image not there."""
-    text, path, line = _text(path), Path(path), 1
-    try:
-        if text.lstrip().startswith("["):
-            records = [(f"{path}: record {n}", record) for n, record in enumerate(json.loads(text), 1)]
-        else:
-            records = []
-            for line, row in enumerate(text.split("\n"), 1):
-                records += [(f"{path}:{line}", json.loads(row))] if row.strip() else []
-    except (ValueError, RecursionError) as error:
-        line, reason = line + getattr(error, "lineno", 1) - 1, getattr(error, "msg", "too deep or large")
-        raise InputError(f"{path}:{line}: is not JSON ({reason})") from None
-    questions, ids = [], {}
-    for where, record in records:
-        try:
-            if "conversations" in record:
-                if "image" not in record:
-                    continue  # LLaVA's mixtures hold talks without a picture
-                said = {turn["from"]: turn["value"] for turn in record["conversations"][:2]}
-                question, answer = said["human"].replace("<image>", ""), said["gpt"]
-            else:
-                question, answer = record.get("question", record.get("text")), record["answer"]
-            question = "\n".join(_clean(where, row, 20_000) for row in question.strip().split("\n"))
-            answer = _clean(where, str(answer), 20_000)
-        except (TypeError, KeyError, AttributeError):
-            raise InputError(f"{where}: lacks a question or its answer; the probe needs both") from None
-        if not question or not answer:
-            raise InputError(f"{where}: has an empty question or answer")
-        id, kind = (_clean(where, str(next((record[k] for k in keys if k in record), other)))
-                    for keys, other in ((("id", "question_id"), len(questions)), (("kind", "category"), "")))
-        ids[id] = ids.get(id, 0) + 1  # LLaVA-Instruct gives one id to several talks about an image
-        id = f"{id}#{ids[id]}" if ids[id] > 1 else id
-        questions.append((id, _inside(where, record.get("image")), question, answer, kind))
+    Reads LLaVA-Instruct JSON, a list of {id, image, conversations} (the first exchange of each), and JSONL or
+    a JSON list of {image, question, answer}. Images are in the folder `images`, else in images/ beside the
+    file, else beside it. Raises InputError for a record without question or answer, and for a chosen image
+    that does not exist."""
+    path, questions, counts = Path(path), [], {}
+    for location, record in _records(path):
+        if isinstance(record, dict) and "conversations" in record and "image" not in record:
+            continue  # LLaVA's mixtures have talks without an image
+        id, *rest = _question(location, record, len(questions))
+        counts[id] = counts.get(id, 0) + 1  # LLaVA-Instruct has several talks with one id
+        questions.append((f"{id}#{counts[id]}" if counts[id] > 1 else id, *rest))
     if not questions:
         raise InputError(f"{path}: has no questions about images")
     chosen = sorted(questions, key=lambda q: _sha([seed, *q[1:], q[0]]))[:limit]
     beside = path.parent / "images"
     folder = Path(images) if images else beside if beside.is_dir() else path.parent
-    absent = [name for _, name, *_ in chosen if not os.path.isfile(folder / name)]
+    absent = [row[1] for row in chosen if not os.path.isfile(folder / row[1])]
     if absent:
         raise InputError(f"{path}: {len(absent)} of {len(chosen)} chosen images, such as {absent[0][:80]}, "
                          f"are not in {folder}")
     return [Question(id, folder / name, *rest) for id, name, *rest in chosen], _sha(chosen)
 
 
+def _records(path):
+    """[("file:line", object)] of a JSONL file or a JSON list."""
+    text, line = _text(path), 1
+    try:
+        if text.lstrip().startswith("["):
+            return [(f"{path}: record {n}", record) for n, record in enumerate(json.loads(text), 1)]
+        records = []
+        for line, row in enumerate(text.split("\n"), 1):
+            if row.strip():
+                records.append((f"{path}:{line}", json.loads(row)))
+        return records
+    except (ValueError, RecursionError) as error:
+        line, reason = line + getattr(error, "lineno", 1) - 1, getattr(error, "msg", "too deep or large")
+        raise InputError(f"{path}:{line}: is not JSON ({reason})") from None
+
+
+def _question(location, record, number):
+    """(id, image, question, answer, kind) of a record."""
+    try:
+        if "conversations" in record:
+            turns = {turn["from"]: turn["value"] for turn in record["conversations"][:2]}
+            question, answer = turns["human"].replace("<image>", ""), turns["gpt"]
+        else:
+            question, answer = record.get("question", record.get("text")), record["answer"]
+        question = "\n".join(_clean(location, line, 20_000) for line in question.strip().split("\n"))
+        answer = _clean(location, str(answer), 20_000)
+    except (TypeError, KeyError, AttributeError):
+        raise InputError(f"{location}: lacks a question or its answer; the probe needs both") from None
+    if not question or not answer:
+        raise InputError(f"{location}: has an empty question or answer")
+    id = _clean(location, str(record.get("id", record.get("question_id", number))))
+    kind = _clean(location, str(record.get("kind", record.get("category", ""))))
+    return id, _inside(location, record.get("image")), question, answer, kind
+
+
 # ---------------------------------------------------------------- sound and video
 
 def _decoded(path, kind):
-    """Decoded frames of the first stream of `kind` ("audio" or "video"), damaged packets left out."""
+    """Decoded frames of the first stream of `kind` ("audio" or "video"); damaged packets are skipped."""
     good = damaged = 0
-    options = {"protocol_whitelist": "file"}  # a playlist posing as a clip must not open network addresses
+    options = {"protocol_whitelist": "file"}  # a playlist named .wav must not open network addresses
     try:
         with av.open(f"file:{path}", metadata_errors="ignore", options=options) as file:
-            stream = next((stream for stream in file.streams if stream.type == kind), None)
-            if stream is None:
+            streams = [stream for stream in file.streams if stream.type == kind
+                       and not stream.disposition & av.stream.Disposition.attached_pic]  # a cover is no film
+            if not streams:
                 raise InputError(f"{path}: has no {kind} stream")
-            for packet in file.demux(stream):
+            for packet in file.demux(streams[0]):
                 try:
                     frames = packet.decode()
                 except av.FFmpegError:
@@ -304,9 +459,11 @@ def _decoded(path, kind):
                 good += bool(frames)
                 yield from frames
     except (av.FFmpegError, OSError) as error:
+        reason = error.strerror or error
         if not good:
-            raise InputError(f"{path}: cannot be decoded as {kind} ({error.strerror or error})") from None
-    if damaged >= good:  # a bad packet or two are lived with, as every player does
+            raise InputError(f"{path}: cannot be decoded as {kind} ({reason})") from None
+        _print_once(f"{path}: only a first part can be decoded as {kind} ({reason})")
+    if damaged >= good:  # a few bad packets are tolerated, as every player does
         raise InputError(f"{path}: cannot be decoded as {kind} (empty or damaged)")
 
 
@@ -314,52 +471,107 @@ def decode_audio(path, rate, max_seconds=MAX_SECONDS):
     """Sound of any audio or video file as mono float32 (samples,) at `rate` Hz, at most `max_seconds` of it.
 
     Channels are averaged. Raises InputError when there is no sound in the file or it is not finite."""
-    # interleaved on purpose: PyAV reads past the end of 8 and more separate channels
-    packer, mono, seconds, source = av.AudioResampler("flt", frame_size=8192), [], 0, None
-    for frame in itertools.chain(_decoded(path, "audio"), [None]):  # None: what the packer still holds
-        last = frame is None or seconds >= max_seconds
-        if frame is not None:
-            source = source or frame.sample_rate
-            if not 1000 <= source <= 1_000_000 or frame.sample_rate != source:
-                raise InputError(f"{path}: has a sample rate that is impossible or changes")
-            seconds += frame.samples / source
-        try:
-            packed = packer.resample(None if last else frame)
-        except (ValueError, av.FFmpegError):
-            raise InputError(f"{path}: changes its channels or sample format midway") from None
-        mono += [p.to_ndarray().reshape(-1, p.layout.nb_channels).mean(1) for p in packed]
-        if last:
-            break
-    wave = torch.from_numpy(np.concatenate(mono or [np.zeros(0, np.float32)]))
-    if len(wave):
-        # odd rates (44,101 Hz) would need a filter bank of gigabytes: a ratio within 1e-6 of theirs will do
+    def layout(frame):  # it may change midway
+        return frame.sample_rate, frame.layout.name, frame.format.name
+
+    waves, seconds = [torch.zeros(0)], 0
+    for (source, *_), frames in itertools.groupby(_decoded(path, "audio"), layout):
+        if not 1000 <= source <= 1_000_000:
+            raise InputError(f"{path}: has a sample rate of {source}, which is impossible")
+        wave = _mono(path, frames, (max_seconds - seconds) * source)
+        seconds += len(wave) / source
+        # odd rates (44,101 Hz) would need a filter bank of gigabytes: a ratio within 1e-6 will do
         ratio = Fraction(source, rate).limit_denominator(1000)
-        wave = torchaudio.functional.resample(wave, ratio.numerator, ratio.denominator)
+        waves.append(torchaudio.functional.resample(wave, ratio.numerator, ratio.denominator))
+        if seconds > max_seconds:
+            break
+    wave, limit = torch.cat(waves), int(max_seconds * rate)
     if not len(wave) or not wave.isfinite().all():
         raise InputError(f"{path}: has no samples, or some that are not finite")
-    return wave[:int(max_seconds * rate)].numpy()
+    if len(wave) > limit:
+        _print_once(f"{path}: is longer than {max_seconds:g} seconds; the rest of its sound is ignored")
+    return wave[:limit].numpy()
+
+
+def _mono(path, frames, limit):
+    """Mean of the channels of frames of one format, (samples,); stops soon after `limit` samples."""
+    # interleaved on purpose: PyAV reads past the end of 8 and more separate channels
+    packer, blocks, count = av.AudioResampler("flt", frame_size=8192), [], 0
+    try:
+        for frame in frames:
+            blocks += packer.resample(frame)
+            count += frame.samples
+            if count > limit:
+                break
+        blocks += packer.resample(None)
+    except (ValueError, av.FFmpegError):
+        raise InputError(f"{path}: its channels or sample format cannot be converted") from None
+    mono = [block.to_ndarray().reshape(-1, block.layout.nb_channels).mean(1) for block in blocks]
+    return torch.from_numpy(np.concatenate(mono)) if mono else torch.zeros(0)
+
+
+@functools.lru_cache(maxsize=None)
+def _print_once(text):
+    print(text, flush=True)
 
 
 def decode_video(path, frames):
-    """`frames` pictures of a video, evenly spaced over those that decode: uint8 (frames, H, W, 3).
+    """`frames` pictures of a video, evenly spaced over those that decode: uint8 (frames, H, W, 3), upright.
 
-    A shorter video repeats pictures. Raises InputError when there is no picture in it."""
-    # twice through the file, for every picture of a minute of video would fill gigabytes
-    count = sum(1 for _ in itertools.islice(_decoded(path, "video"), 60 * MAX_SECONDS))
-    wanted, pictures, size = np.linspace(0, count - 1, frames).round().astype(int), {}, {}
-    for i, frame in enumerate(itertools.islice(_decoded(path, "video"), count)):
+    A shorter video repeats pictures. Raises InputError when it has no picture."""
+    # two passes: all pictures of a minute of video would fill gigabytes
+    count, limit = 0, 60 * MAX_SECONDS
+    for _ in itertools.islice(_decoded(path, "video"), limit + 1):
+        count += 1
+    if count > limit:
+        _print_once(f"{path}: has more than {limit:,} pictures; the rest is ignored")
+    numbers = np.linspace(0, min(count, limit) - 1, frames).round().astype(int)
+    pictures, first = {}, None
+    for i, frame in enumerate(itertools.islice(_decoded(path, "video"), max(numbers) + 1)):
         if frame.width * frame.height > 2 ** 25:
             raise InputError(f"{path}: pictures of {frame.width} x {frame.height} are too large")
-        size = size or {"width": frame.width, "height": frame.height}  # every picture takes that of the first
-        if i in wanted:
-            pictures[i] = frame.to_ndarray(format="rgb24", **size)
-    return np.stack([pictures[i] for i in wanted])
+        if first is None:  # every picture gets its size and its orientation
+            first = frame
+        if i in numbers:
+            picture = frame.to_ndarray(format="rgb24", width=first.width, height=first.height)
+            pictures[i] = _upright(picture, first)
+    return np.stack([pictures[i] for i in numbers])
+
+
+def _upright(picture, frame):
+    """A picture (H, W, 3) turned and flipped as the display matrix of `frame` says."""
+    matrix = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+    if matrix is None:
+        return picture
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]  # shown at x' = ax + cy, y' = bx + dy
+    if abs(b) > abs(a):
+        picture, a, d = picture.swapaxes(0, 1), c, b
+    return picture[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+
+
+def open_image(path):
+    """An image as an upright RGB PIL image. Raises InputError for a file that is broken or far too large."""
+    from PIL import Image, ImageOps
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I;16"):  # convert() would cut off all above 255
+                    image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+                return image.convert("RGB")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        limit = Image.MAX_IMAGE_PIXELS // 10 ** 6
+        raise InputError(f"{path}: has more than {limit} million pixels; make it smaller") from None
+    except Exception as error:  # PIL's readers raise whatever their parsers meet
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: cannot be read as an image ({reason})") from None
 
 
 def noisy(wave, snr_db, generator, noise=None):
     """`wave` (samples,) with white noise, or the recording `noise` looped, `snr_db` decibels below it.
 
-    `generator` is a torch.Generator. A silent clip has nothing to be compared with and stays as it is."""
+    `generator` is a torch.Generator. A silent clip has no level to compare with and is returned as it is."""
     if noise is None:
         noise = torch.randn(len(wave), generator=generator)
     else:
@@ -369,27 +581,29 @@ def noisy(wave, snr_db, generator, noise=None):
         raise InputError("the noise is silent; choose another recording")
     if not wave.any():
         return wave
-    return torchaudio.functional.add_noise(torch.from_numpy(wave), noise, torch.tensor(float(snr_db))).numpy()
+    snr = torch.tensor(float(snr_db))
+    return torchaudio.functional.add_noise(torch.from_numpy(wave), noise, snr).numpy()
 
 
 # ---------------------------------------------------------------- frozen encoders
 
 def _pretrained(path, model_class, processor_class):
-    """A frozen model, its preprocessor, and the sha256 of the weights and settings that shape its output."""
+    """A frozen model, its preprocessor, and the sha256 of the weights and settings that its output depends on."""
+    local = Path(path).is_dir()
     try:  # safetensors only: a pickle in a downloaded folder could run anything
-        local = Path(path).is_dir()
-        model, report = model_class.from_pretrained(path, use_safetensors=True, local_files_only=local,
-                                                    dtype=torch.float32, output_loading_info=True)
+        model, report = model_class.from_pretrained(
+            path, use_safetensors=True, local_files_only=local, dtype=torch.float32, output_loading_info=True)
         processor = processor_class.from_pretrained(path, local_files_only=local)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path}: cannot be loaded as {model_class.__name__} ({reason})") from None
     lacking = [*report["missing_keys"], *map(str, report["mismatched_keys"])]
-    if lacking:  # transformers would fill them with random numbers and go on
+    if lacking:  # transformers would draw them at random and go on
         raise InputError(f"{path}: no {model_class.__name__}; {len(lacking)} weights lack: {lacking[0]}")
     settings = [model.config.to_dict(), getattr(processor, "feature_extractor", processor).to_dict()]
-    for key in ("_name_or_path", "transformers_version", "processor_class"):  # where from, not what it is
-        settings[0].pop(key, None), settings[1].pop(key, None)
+    for key in ("_name_or_path", "transformers_version", "processor_class"):  # no effect on the output
+        for part in settings:
+            part.pop(key, None)
     digest = hashlib.sha256(_sha(settings).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
@@ -402,7 +616,7 @@ class AudioEncoder:
     Raises InputError when it cannot be loaded."""
 
     def __init__(self, path, device="cpu"):
-        from transformers import ClapModel, ClapProcessor  # here, so that reading tables starts quickly
+        from transformers import ClapModel, ClapProcessor  # here, because it is slow to import
         self.path, self.device = str(path), device
         self.model, processor, self.hash = _pretrained(path, ClapModel, ClapProcessor)
         self.model.to(device)
@@ -412,40 +626,46 @@ class AudioEncoder:
         self.embed_dim = self.model.config.projection_dim
 
     def _windows(self, wave):
-        """[(samples, the share of them that is new)]: consecutive, the last one right-aligned."""
+        """[(samples, the share of them that is new)]: consecutive windows, the last one right-aligned."""
         size, tail = self.size, len(wave) % self.size if len(wave) > self.size else 0
-        windows = [(wave[start:start + size], 1.0) for start in range(0, max(len(wave) - size, 0) + 1, size)]
-        return windows + [(wave[-size:], tail / size)] * (tail >= self.rate)  # below a second it is dropped
+        windows = [(wave[i:i + size], 1.0) for i in range(0, max(len(wave) - size, 0) + 1, size)]
+        if tail >= self.rate:  # a tail below one second is dropped
+            windows.append((wave[-size:], tail / size))
+        return windows
 
     @torch.no_grad()
     def encode(self, waves, batch_size=32):
         """Frames [(S_i, E)] in time order and L2-normalised embeddings (n, P) of mono float32 waves.
 
-        A clip longer than the window is heard in several: frames follow each other without overlap, the
-        embedding is the normalised mean."""
-        cut = [(i, *window) for i, wave in enumerate(waves) for window in self._windows(wave)]
-        frames, embeds = [[] for _ in waves], torch.zeros(len(waves), self.embed_dim)
-        for start in range(0, len(cut), batch_size):
-            batch = cut[start:start + batch_size]
-            mels = self.extractor([samples for _, samples, _ in batch], sampling_rate=self.rate,
-                                  return_tensors="pt")["input_features"].float().to(self.device)
-            # for the fused model the extractor calls a random clip longer than the window; here none is
+        A clip longer than the window is encoded in several: the frames follow each other without overlap, and
+        the embedding is the normalised mean."""
+        windows = [(i, *window) for i, wave in enumerate(waves) for window in self._windows(wave)]
+        frames = [[] for _ in waves]
+        embeds = torch.zeros(len(waves), self.embed_dim)
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start:start + batch_size]
+            samples = [samples for _, samples, _ in batch]
+            mels = self.extractor(samples, sampling_rate=self.rate, return_tensors="pt")["input_features"]
+            # for the fused model the extractor marks a random clip as longer than the window; none is
             longer = torch.zeros(len(batch), 1, dtype=torch.bool, device=self.device)
-            out = self.model.get_audio_features(mels, is_longer=longer)
+            out = self.model.get_audio_features(mels.float().to(self.device), is_longer=longer)
             hidden = out.last_hidden_state.mean(2).transpose(1, 2).cpu()  # (B, E, freq, S) → (B, S, E)
             for (i, _, new), h, embed in zip(batch, hidden, out.pooler_output.cpu()):
                 frames[i].append(h[-math.ceil(new * len(h)):])
                 embeds[i] += embed
-        return [torch.cat(parts) for parts in frames], torch.nn.functional.normalize(embeds, dim=-1)
+        frames = [torch.cat(parts) for parts in frames]
+        return frames, torch.nn.functional.normalize(embeds, dim=-1)
 
     @torch.no_grad()
     def embed_text(self, texts, batch_size=64):
         """L2-normalised embeddings (n, P) of texts, in the space of the clips' embeddings."""
-        config, embeds = self.model.config.text_config, [torch.zeros(0, self.embed_dim)]
-        longest = config.max_position_embeddings - config.pad_token_id - 1  # positions start after its id
+        config = self.model.config.text_config
+        max_length = config.max_position_embeddings - config.pad_token_id - 1  # positions start after its id
+        embeds = [torch.zeros(0, self.embed_dim)]
         for start in range(0, len(texts), batch_size):
-            tokens = self.tokenizer(list(texts[start:start + batch_size]), padding=True, truncation=True,
-                                    max_length=longest, return_tensors="pt").to(self.device)
+            batch = list(texts[start:start + batch_size])
+            tokens = self.tokenizer(batch, padding=True, truncation=True, max_length=max_length,
+                                    return_tensors="pt").to(self.device)
             out = self.model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"])
             embeds.append(out.pooler_output.cpu())
         return torch.nn.functional.normalize(torch.cat(embeds), dim=-1)
@@ -470,16 +690,17 @@ class VideoEncoder:
             batch = [list(video) for video in videos[start:start + batch_size]]
             pixels = self.processor(batch, return_tensors="pt")["pixel_values"].to(self.device)
             B, F = pixels.shape[:2]
-            hidden = self.model(pixels).last_hidden_state[:, 1:].cpu()  # no class token: (B, patches * F, E)
-            frames += hidden.reshape(B, -1, F, self.width).mean(1)  # the moments of one patch are neighbours
-        return frames, torch.stack([f.mean(0) for f in frames]) if frames else torch.zeros(0, self.width)
+            hidden = self.model(pixels).last_hidden_state[:, 1:].cpu()  # (B, patches * F, E), no class token
+            frames += hidden.reshape(B, -1, F, self.width).mean(1)  # the F moments of a patch are neighbours
+        means = [f.mean(0) for f in frames]
+        return frames, torch.stack(means) if frames else torch.zeros(0, self.width)
 
 
 # ---------------------------------------------------------------- cache of features
 
 @dataclass
 class Features:
-    """Encoder frames of many clips: `features[i]` is (S_i, E) float32, read from disk when asked for."""
+    """Encoder frames of many clips: `features[i]` is (S_i, E) float32, read from disk when needed."""
     frames: torch.Tensor  # (sum of S_i, E) float16, memory-mapped
     offsets: torch.Tensor  # (n + 1,) int64
     embeds: torch.Tensor  # (n, P) float32
@@ -492,7 +713,7 @@ class Features:
         return len(self.ids)
 
     def __getitem__(self, i):
-        i = range(len(self))[i]  # negative and out of range as in a list
+        i = range(len(self))[i]  # negative numbers and IndexError as in a list
         return self.frames[self.offsets[i]:self.offsets[i + 1]].float()
 
     def of(self, clips):
@@ -517,94 +738,106 @@ class ClipFrames:
         return ClipFrames(self.features, [self.rows[i] for i in order])
 
 
-def lock_or_wait(held, message):
-    """Lock an open file until it is closed by all who inherited it; `message` is said if another has to be waited for."""
+def lock_or_wait(file, message):
+    """Lock an open file (or descriptor) until it is closed. Prints `message` if another process has the lock."""
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print(message, flush=True)
-        fcntl.flock(held, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def load_features(split, encoder, cache_dir, modality="audio"):
-    """Features of the clips of `split` from the cache, where they are computed first if they are not there.
+    """Features of the clips of `split`, from the cache or computed and stored there.
 
     The file is named by a hash of the encoder and of the bytes of every clip. Afterwards `split.bad` lists
-    the clips that cannot be decoded, `split.clips` holds the others and `features[i]` is of `split.clips[i]`;
-    with two modalities look up `features.index[clip.id]`. Of jobs started together one builds, others wait.
+    the clips that cannot be decoded, `split.clips` has the others, and `features[i]` is of `split.clips[i]`;
+    with two modalities look up `features.index[clip.id]`. Of several jobs one computes and the others wait.
     Raises InputError when no clip can be decoded or the cache cannot be written."""
     folder = Path(cache_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            key = _sha([CACHE_FORMAT, modality, encoder.hash, _file_hashes(split, folder, pool)])
+            hashes = _file_hashes(split, folder, pool)
+            key = _sha([CACHE_FORMAT[modality], modality, encoder.hash, hashes])
             path = folder / f"{modality}_{split.name}_{key[:32]}.safetensors"
-            found = _read_features(path, split) or _build_features(path, split, encoder, modality, pool)
+            cached = _read_features(path, split)
+            if cached is None:
+                cached = _build_features(path, split, encoder, modality, pool)
     except OSError as error:
         raise InputError(f"{folder}: cannot be read or written ({error.strerror})") from None
-    features, bad = found
+    features, bad = cached
     split.bad += [id for id in bad if id not in split.bad]
     split.clips = [clip for clip in split.clips if clip.id in features.index]
     return features
 
 
 def _build_features(path, split, encoder, modality, pool):
-    """As _read_features, after writing the file; a job that finds another at it waits for that one's."""
+    """As _read_features, after writing the file; if another job is writing it, waits for that."""
     lock = path.with_suffix(".lock")
-    with open(lock, "w") as held:  # it is released with the process, however that ends
-        lock_or_wait(held, f"waiting for another job that builds {path.name}")
-        found = _read_features(path, split)
-        if found is None:
-            for left in path.parent.glob(f"{path.name}.tmp.*"):  # by a job that was killed
-                left.unlink()
+    with open(lock, "w") as file:  # the lock goes with the process, however that ends
+        lock_or_wait(file, f"waiting for another job that builds {path.name}")
+        cached = _read_features(path, split)
+        if cached is None:
+            for tmp in path.parent.glob(f"{path.name}.tmp.*"):  # of a job that was killed
+                tmp.unlink()
             tensors, notes = _compute(split, encoder, modality, pool)
             with _replacing(path) as tmp:
                 save_file(tensors, tmp, notes)
-            found = _read_features(path, split)
-        lock.unlink(missing_ok=True)  # those who still wait on it find the finished file
-        return found
+            cached = _read_features(path, split)
+        lock.unlink(missing_ok=True)  # jobs that wait for it find the finished file
+        return cached
+
+
+def _decode(encoder, modality, clip):
+    """The wave or the pictures of a clip, or the InputError."""
+    try:
+        return decode_video(clip.path, encoder.frames) if modality == "video" else decode_audio(clip.path, encoder.rate)
+    except InputError as error:
+        return error
 
 
 def _compute(split, encoder, modality, pool):
     """Tensors and notes of a cache file; threads decode one chunk ahead of the encoder."""
-    def decode(clip):
-        try:
-            if modality == "video":
-                return decode_video(clip.path, encoder.frames)
-            return decode_audio(clip.path, encoder.rate)
-        except InputError as error:
-            return error
-
+    decode = functools.partial(_decode, encoder, modality)
     chunks = [split.clips[i:i + 16] for i in range(0, len(split.clips), 16)]
     frames, embeds, ids, bad, ahead = [], [], [], {}, pool.map(decode, chunks[0])
     with tqdm(total=len(split.clips), desc=f"{modality} features, {split.name}", disable=None) as bar:
         for chunk, following in itertools.zip_longest(chunks, chunks[1:], fillvalue=()):
             decoded, ahead = list(zip(chunk, ahead)), pool.map(decode, following)
-            bad |= {clip.id: str(got) for clip, got in decoded if isinstance(got, InputError)}
-            decoded = [(clip, got) for clip, got in decoded if clip.id not in bad]
-            for (clip, _), f, embed in zip(decoded, *encoder.encode([got for _, got in decoded])):
-                if not (f.half().isfinite().all() and embed.isfinite().all()):
+            bad |= {clip.id: str(result) for clip, result in decoded if isinstance(result, InputError)}
+            good = [(clip, result) for clip, result in decoded if clip.id not in bad]
+            for (clip, _), f, embed in zip(good, *encoder.encode([result for _, result in good])):
+                f = f.half()
+                if not (f.isfinite().all() and embed.isfinite().all()):
                     bad[clip.id] = f"{clip.path}: its features are not finite"
                     continue
-                frames.append(f.half()), embeds.append(embed), ids.append(clip.id)
+                frames.append(f)
+                embeds.append(embed)
+                ids.append(clip.id)
             bar.update(len(chunk))
+    reasons = [text.encode(errors="backslashreplace").decode() for text in bad.values()]
     if not ids:
-        raise InputError(f"none of {len(split.clips)} clips can be decoded; first {next(iter(bad.values()))}")
+        raise InputError(f"none of {len(split.clips)} clips can be decoded; first {reasons[0]}")
     if bad:
-        print(*list(bad.values())[:10], f"{len(bad)} of {len(split.clips)} clips are left out", sep="\n")
+        print(*reasons[:10], f"{len(bad)} of {len(split.clips)} clips are left out", sep="\n")
     offsets = torch.tensor([0] + [len(f) for f in frames]).cumsum(0)
-    return ({"frames": torch.cat(frames), "offsets": offsets, "embeds": torch.stack(embeds)},
-            {"ids": json.dumps(ids), "bad": json.dumps(list(bad))})
+    tensors = {"frames": torch.cat(frames), "offsets": offsets, "embeds": torch.stack(embeds)}
+    return tensors, {"ids": json.dumps(ids), "bad": json.dumps(bad)}
 
 
 def _read_features(path, split):
-    """(Features, ids of bad clips) of a cache file; None where there is none or it is damaged."""
+    """(Features, {id of a bad clip: reason}) of a cache file; None if it is absent or damaged."""
     try:
         with safe_open(path, "pt") as file:
-            ids, bad = (json.loads(file.metadata()[key]) for key in ("ids", "bad"))
-            features = Features(*(file.get_tensor(key) for key in ("frames", "offsets", "embeds")), ids)
-        whole = features.offsets[-1] == len(features.frames) and len(ids) == len(features.embeds)
-        if whole and ids == [clip.id for clip in split.clips if clip.id not in set(bad)]:
+            notes = file.metadata()
+            ids, bad = json.loads(notes["ids"]), json.loads(notes["bad"])
+            frames, offsets = file.get_tensor("frames"), file.get_tensor("offsets")
+            features = Features(frames, offsets, file.get_tensor("embeds"), ids)
+        if bad and isinstance(bad, list):
+            return None  # an older version wrote it, which could not decode some of these clips
+        complete = offsets[-1] == len(frames) and len(ids) == len(features.embeds)
+        if complete and ids == [clip.id for clip in split.clips if clip.id not in bad]:
             return features, bad
     except FileNotFoundError:
         return None
@@ -614,28 +847,14 @@ def _read_features(path, split):
 
 
 def _file_hashes(split, folder, pool):
-    """{id: sha256 of its file}, remembered while its size and time of change stay: reading all takes long."""
+    """{clip id: sha256 of its file}, kept in `folder` while size and time stay: reading all takes long."""
     memo = folder / f"files_{split.hash[:32]}.json"
     try:
         known = json.loads(_text(memo))
-    except ValueError:  # InputError when there is none
+    except ValueError:  # InputError when it is absent
         known = {}
-
-    def stamped(clip):
-        try:
-            stat = os.stat(clip.path)
-            stamp = [os.path.realpath(clip.path), stat.st_size, stat.st_mtime_ns]
-            if clip.id in known and known[clip.id][:3] == stamp:
-                return known[clip.id]
-            digest = hashlib.sha256()
-            with open(clip.path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-            return [*stamp, digest.hexdigest()]
-        except OSError as error:  # decoding will name it
-            return [str(clip.path), 0, 0, error.strerror]
-
-    entries = dict(zip([clip.id for clip in split.clips], pool.map(stamped, split.clips)))
+    jobs = {clip.id: pool.submit(_hash_file, clip.path, known.get(clip.id)) for clip in split.clips}
+    entries = {id: job.result() for id, job in jobs.items()}
     if entries != known:
         write_json(memo, entries)
     return {id: entry[3] for id, entry in entries.items()}

@@ -7,6 +7,7 @@ import sys
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import data  # first: it makes torchaudio importable beside a CPU-only torch
 import av
@@ -14,7 +15,10 @@ import fusion
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from data import InputError, decode_audio, decode_video, load_features, read_qa, read_split
+from safetensors import safe_open
+from safetensors.torch import save_file
 from scipy.io import wavfile
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (AutoImageProcessor, ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor,
@@ -685,3 +689,264 @@ def test_files_are_replaced_whole(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         data.write_text(tmp_path / "none" / "a.txt", "x")
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+# --------------------------------------------------------------------- folders and names as people have them
+
+CASES = SHARED / "cases"
+
+
+def put(root, *names):
+    """Files, each with its own name as content."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name.encode(errors="surrogateescape").decode(errors="replace"))
+
+
+def clotho_table(path, *names):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("file_name,caption_1\n" + "".join(f'"{name.replace(chr(34), 2 * chr(34))}",x\n' for name in names), encoding="utf-8")
+
+
+@pytest.mark.parametrize("top", ["", "AUDIOCAPS", "linked"])
+def test_audiocaps_as_aac_datasets_lays_it_out(tmp_path, top):
+    root = tmp_path / "AUDIOCAPS"
+    for version in ("v1",):
+        audiocaps(root / f"csv_files_{version}", "1,-abc_def-gh,30,x\n2,zz_zz_zz_20,0,y\n3,gone,0,z\n")
+    put(root, "audio_32000Hz/test/-abc_def-gh_30.flac", "audio_32000Hz/test/zz_zz_zz_20_0.flac",
+        "audio_32000Hz/train/gone.flac", "train_fixed.csv", "class_labels_indices.csv")
+    (tmp_path / "linked").symlink_to(root)
+    split = read_split("audiocaps", tmp_path / top, "test")
+    assert [clip.path.name for clip in split.clips] == ["-abc_def-gh_30.flac", "zz_zz_zz_20_0.flac"]
+    assert split.missing == ["gone_0"]  # the file in train/ may be another piece of that video
+
+
+def test_audiocaps_as_audiocaps_download_lays_it_out(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text(AUDIOCAPS + "7,abc,30,x\n8,abd,0,y\n")
+    put(tmp_path, "train/7.ogg", "train/8.ogg", "test/7.ogg", "val/8.ogg")
+    split = read_split("audiocaps", tmp_path, "test")
+    assert [clip.path for clip in split.clips] == [tmp_path / "test/7.ogg"] and split.missing == ["abd_0"]
+
+
+@pytest.mark.parametrize("table, audio", [
+    ("CLOTHO_v2.1/clotho_csv_files/", "CLOTHO_v2.1/clotho_audio_files/evaluation/"),  # aac-datasets
+    ("", "clotho_audio_evaluation/evaluation/"), ("", "clotho_audio_evaluation/"), ("", "audio/evaluation/"),
+    ("", "evaluation/evaluation/"), ("csv/", ""), ("Clotho/", "Clotho/evaluation/")])
+def test_clotho_as_people_unpack_it(tmp_path, table, audio):
+    clotho_table(tmp_path / table / "clotho_captions_evaluation.csv", " a.wav", "b.wav", "gone.wav")
+    others = ["clotho_audio_files/test", "clotho_audio_development/development", "__MACOSX/evaluation"]
+    put(tmp_path, audio + " a.wav", audio + "b.wav", audio + "._gone.wav", *(f"{o}/gone.wav" for o in others))
+    split = read_split("clotho", tmp_path, "test")
+    assert [(clip.id, clip.path.name) for clip in split.clips] == [("a.wav", " a.wav"), ("b.wav", "b.wav")]
+    assert split.clips[0].path == tmp_path / audio / " a.wav" and split.missing == ["gone.wav"]
+
+
+def test_two_tables_or_two_files_are_named_both(tmp_path):
+    audiocaps(tmp_path / "csv_files_v1", "1,a,0,x\n")
+    audiocaps(tmp_path / "csv_files_v2", "1,a,0,x\n", ["a.wav"])
+    assert len(read_split("audiocaps", tmp_path, "test").clips) == 1  # the same bytes
+    audiocaps(tmp_path / "csv_files_v2", "1,a,0,y\n")
+    with pytest.raises(InputError, match="two tables, .*csv_files_v1/test.csv and .*csv_files_v2/test.csv"):
+        read_split("audiocaps", tmp_path, "test")
+    clotho_table(tmp_path / "c/clotho_captions_evaluation.csv", "a.wav")
+    put(tmp_path / "c", "a.mp3", "a.flac")
+    with pytest.raises(InputError, match="a.wav could be .*a.flac or .*a.mp3"):
+        read_split("clotho", tmp_path / "c", "test")
+    put(tmp_path / "c", "evaluation/a.ogg")  # its folder decides
+    assert read_split("clotho", tmp_path / "c", "test").clips[0].path.name == "a.ogg"
+
+
+def test_links_are_followed_and_loops_are_not(tmp_path):
+    disk = tmp_path / "disk"
+    put(disk, "deep/er/a.wav", "b/b.wav")
+    root = audiocaps(tmp_path / "root", "1,a,0,x\n2,b,0,y\n3,c,0,z\n")
+    (root / "x/y").mkdir(parents=True)
+    (root / "x/y/audio").symlink_to(disk / "deep")
+    (disk / "deep/er/b").symlink_to(disk / "b")
+    (disk / "b/loop").symlink_to(disk)
+    (root / "x/self").symlink_to(root / "x/self")
+    (root / "c.wav").symlink_to(tmp_path / "no such file")
+    split = read_split("audiocaps", root, "test")
+    assert [clip.id for clip in split.clips] == ["a_0", "b_0"] and split.missing == ["c_0"]
+
+
+@pytest.mark.parametrize("table, disk", [
+    ("a.wav", " a.wav"), ("a.wav", "a .wav"), ("a.wav", "a.wav "), (" a.wav ", "a.wav"), ("a.wav", "a.WAV"),
+    ("a.wav", "a.flac"), ("a.wav", "a.MP4"), ("a", "a.wav"), ("caf\u00e9.wav", "cafe\u0301.wav"),
+    ("cafe\u0301.wav", "caf\u00e9.wav"), ("rain: roof?.wav", "rain_ roof_.wav"), ("rain: roof.wav", "rain_roof.wav"),
+    ("rain: roof.wav", "rain- roof.wav"), ("rain: roof.wav", "rain roof.wav"), ('a"b"*.wav', "a_b__.wav"),
+    ("a:b.wav", "a\uf022b.wav"), ("a:b.wav", "a\uff1ab.wav"), ("a b.wav", "a%20b.wav"), ("a%20b.wav", "a b.wav"),
+    ("a b.wav", "a_b.wav"), ("a  b.wav", "a b.wav"), ("a.wav.", "a.wav"), ("a.wav", "A.wav"),
+    ("caf\u00e9.wav", "caf\u251c\u2310.wav"), ("caf\u00e9.wav", "caf\u00c3\u00a9.wav"), ("caf\u00e9.wav", "caf#U00e9.wav"),
+    ("caf\u00e9.wav", "caf\udce9.wav"), ("x/a.wav", "a.wav"), ("x\\a.wav", "x/a.wav"), ("x/a.wav", "y/x/a.flac")])
+def test_a_name_means_the_file_that_a_person_would_say(tmp_path, table, disk):
+    clotho_table(tmp_path / "clotho_captions_evaluation.csv", table, "b.wav")
+    put(tmp_path / "evaluation", disk, "b.wav", "c.wav")
+    split = read_split("clotho", tmp_path, "test")
+    assert split.missing == [] and split.clips[0].path == tmp_path / "evaluation" / disk
+
+
+@pytest.mark.parametrize("names, disk, want", [
+    (["a-1.wav"], ["a_1.wav"], {}),  # nothing turns - into _
+    (["a:1.wav", "a_1.wav"], ["a_1.wav"], {"a_1.wav": "a_1.wav"}),  # the other one is not there
+    (["a:1.wav", "a?1.wav"], ["a_1.wav"], {}), (["a.wav", "a.mp3"], ["a.flac"], {}),
+    (["a.wav", "A.wav"], ["a.wav", "A.wav"], {"a.wav": "a.wav", "A.wav": "A.wav"}),
+    (["a.wav"], ["a.wav", " a.wav"], {"a.wav": "a.wav"}), (["a.wav"], ["a.txt"], {}), (["a.b.wav"], ["a.wav"], {}),
+    (["a.wav", "x/a.wav"], ["a.wav", "x/a.wav"], {"a.wav": "a.wav", "x/a.wav": "x/a.wav"}),
+    (["x/a.wav", "y/a.wav"], ["y/a.flac"], {"y/a.wav": "y/a.flac"}), (["1.wav"], ["01.wav", "1.0.wav"], {})])
+def test_a_name_never_means_another_clip(tmp_path, names, disk, want):
+    clotho_table(tmp_path / "clotho_captions_evaluation.csv", *names, "b.wav")
+    put(tmp_path / "evaluation", *disk, "b.wav")
+    split = read_split("clotho", tmp_path, "test")
+    paths = {clip.id: str(clip.path.relative_to(tmp_path / "evaluation")) for clip in split.clips}
+    assert paths == {"b.wav": "b.wav", **want}
+
+
+@pytest.mark.parametrize("rows, files, want", [
+    ("1,v,1,x\n2,v,1000,y\n", ["v_1000.wav"], {"v_1000": "v_1000.wav"}),  # 1000 s, and not 1 s in milliseconds
+    ("1,ab,30,x\n2,Yab,30,y\n", ["Yab_30.wav"], {"Yab_30": "Yab_30.wav"}),
+    ("1,ab_30,0,x\n2,ab,30,y\n", ["ab_30.wav"], {"ab_30": "ab_30.wav"}),
+    ("1,v,30,x\n", ["v_40.wav", "w_30.wav", "v_30_300.wav", "v_300.wav"], {}),
+    ("9.0,v,30.0,x\n", ["test/9.mp3"], {"v_30": "test/9.mp3"}), ("1,v,30,x\n", ["v_30.txt"], {}),
+    ("1,v,0.5,x\n", ["v_500.wav"], {"v_0.5": "v_500.wav"}), ("1,v,30,x\n", ["V_30.wav"], {})])
+def test_audiocaps_names_never_mean_another_clip(tmp_path, rows, files, want):
+    root = audiocaps(tmp_path, rows + "99,other,0,z\n", [*files, "other.wav"])
+    clips = read_split("audiocaps", root, "test").clips
+    assert {c.id: str(c.path.relative_to(root)) for c in clips} == {**want, "other_0": "other.wav"}
+
+
+def test_many_missing_clips_are_shown_beside_the_nearest_names(tmp_path, capsys):
+    clotho_table(tmp_path / "clotho_captions_evaluation.csv", *(f"rain {i}.wav" for i in range(20)))
+    put(tmp_path / "evaluation", *(f"rain {i}.wav" for i in range(18)))
+    assert len(read_split("clotho", tmp_path, "test").missing) == 2 and not capsys.readouterr().out  # a tenth
+    (tmp_path / "evaluation/rain 3.wav").rename(tmp_path / "evaluation/rain three\x1b[2J.wav")
+    assert read_split("clotho", tmp_path, "test").missing == ["rain 3.wav", "rain 18.wav", "rain 19.wav"]
+    out = capsys.readouterr().out
+    assert "3 of 20 clips, such as rain 3.wav, have no file; nearest names there: 'rain three" in out
+    assert out.strip().isprintable()
+
+
+def test_a_file_of_any_bytes_in_its_name_is_decoded(tmp_path, clap):
+    clotho_table(tmp_path / "clotho_captions_evaluation.csv", "caf\u00e9.wav", "b\u00e9.wav")
+    (tmp_path / "evaluation").mkdir()
+    wavfile.write(tmp_path / "evaluation/caf\udce9.wav", RATE, noise(1.0))
+    (tmp_path / "evaluation/b\udce9.wav").write_bytes(b"broken")
+    split = read_split("clotho", tmp_path, "test")
+    assert len(load_features(split, clap, tmp_path / "cache")) == 1 and split.bad == ["b\u00e9.wav"]
+
+
+@pytest.mark.parametrize("encode, message", [
+    (lambda text: text.encode("utf-16"), "is UTF-16 or no text; save the file as UTF-8"),
+    (lambda text: text.encode("utf-16-le"), "is UTF-16"), (lambda text: text.encode("utf-16-be"), "is UTF-16")])
+def test_tables_in_another_encoding_are_one_line(tmp_path, encode, message):
+    audiocaps(tmp_path, "", ["a.wav"])
+    (tmp_path / "test.csv").write_bytes(encode(AUDIOCAPS + "1,a,0,x\n"))
+    with pytest.raises(InputError, match=message):
+        read_split("audiocaps", tmp_path, "test")
+
+
+@pytest.mark.parametrize("text", [
+    AUDIOCAPS.replace(",", ";") + "1;a;0;x, y\n", AUDIOCAPS.replace(",", "\t") + "1\ta\t0\tx, y\n",
+    AUDIOCAPS.replace("\n", "\r") + '1,a,0,"x, y"\r', AUDIOCAPS + '1,a,0,"x, y"\n,,,\n\n',
+    AUDIOCAPS.title() + '1,a,0,"x, y"\n'])
+def test_tables_as_spreadsheets_save_them(tmp_path, text):
+    audiocaps(tmp_path, "", ["a.wav"])
+    (tmp_path / "test.csv").write_bytes(text.encode())
+    assert read_split("audiocaps", tmp_path, "test").clips[0].references == ["x, y"]
+
+
+# ------------------------------------------------------------------------------------------- media, again
+
+
+def test_sound_that_changes_its_rate_midway(tmp_path):
+    parts = [write_audio(tmp_path / f"{rate}{layout}.mp3", [tone(2.0, 300, rate)] * (1 + (layout == "stereo")),
+                         "libmp3lame", rate, layout).read_bytes() for rate, layout in ((44100, "mono"), (48000, "stereo"))]
+    for order in (parts, parts[::-1]):
+        (tmp_path / "joined.mp3").write_bytes(b"".join(order))
+        wave = decode_audio(tmp_path / "joined.mp3", RATE)
+        assert 3.8 * RATE < len(wave) < 4.3 * RATE
+        for half in (wave[8000:24000], wave[40000:56000]):  # the same tone on both sides of the seam
+            assert np.abs(np.fft.rfft(half)).argmax() == 300 and np.abs(half).max() == pytest.approx(0.5, abs=0.05)
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["ab.mp3", "ab2.mp3", "ms.aac"])
+def test_joined_streams_are_heard_whole(name):
+    assert len(decode_audio(CASES / name, RATE)) == pytest.approx(4.07 * RATE, rel=0.01)
+
+
+@needs_shared
+def test_covers_and_rotation():
+    film, turned = decode_video(CASES / "cover_first.mp4", 2), decode_video(CASES / "rotated_90.mp4", 2)
+    assert film[0, :, :, 0].mean() > 100 and film[0, :, :, 1].mean() < 50  # not the green cover
+    straight = decode_video(CASES / "not_rotated.mp4", 2)
+    assert turned.shape == (2, 64, 32, 3) and (turned == np.rot90(straight, -1, (1, 2))).all()
+
+
+def test_display_matrices():
+    picture = np.arange(6).reshape(2, 3, 1)
+    one = 1 << 16
+    for (a, b, c, d), want in (((one, 0, 0, one), picture), ((0, one, -one, 0), np.rot90(picture, -1)),
+                               ((-one, 0, 0, -one), np.rot90(picture, 2)), ((0, -one, one, 0), np.rot90(picture)),
+                               ((-one, 0, 0, one), picture[:, ::-1]), ((0, one, one, 0), picture.swapaxes(0, 1))):
+        matrix = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 30], np.int32).tobytes()
+        frame = SimpleNamespace(side_data={av.sidedata.sidedata.Type.DISPLAYMATRIX: matrix})
+        assert (data._upright(picture, frame) == want).all()
+
+
+def test_a_cover_alone_is_no_film(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as out:
+        sound, cover = out.add_stream("aac", rate=RATE, layout="mono"), out.add_stream("mjpeg", rate=1)
+        cover.width = cover.height = 32
+        cover.pix_fmt = "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        frame = av.AudioFrame.from_ndarray(tone(1.0)[None, :1024], "fltp", "mono")
+        frame.sample_rate = RATE
+        out.mux(sound.encode(frame) + sound.encode(None))
+        out.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), "rgb24")))
+    with pytest.raises(InputError, match="a.mp4: has no video stream"):
+        decode_video(tmp_path / "a.mp4", 2)
+    assert len(decode_audio(tmp_path / "a.mp4", RATE))
+
+
+def test_a_clip_that_is_cut_is_named(tmp_path, capsys):
+    wavfile.write(tmp_path / "a.wav", RATE, tone(3.0))
+    assert len(decode_audio(tmp_path / "a.wav", RATE, max_seconds=3)) == 3 * RATE and not capsys.readouterr().out
+    assert len(decode_audio(tmp_path / "a.wav", RATE, max_seconds=2)) == 2 * RATE
+    assert "a.wav: is longer than 2 seconds" in capsys.readouterr().out
+
+
+def test_an_older_cache_with_bad_clips_is_built_again(clotho, clap, tmp_path):
+    (clotho / "evaluation" / "2.wav").write_bytes(b"broken")
+    load_features(read_split("clotho", clotho, "test"), clap, tmp_path / "cache")
+    path, = (tmp_path / "cache").glob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        tensors, notes = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    assert "2.wav" in json.loads(notes["bad"])["2.wav"]
+    save_file({k: v + 1 for k, v in tensors.items()}, path, {**notes, "bad": '["2.wav"]'})
+    again = load_features(read_split("clotho", clotho, "test"), clap, tmp_path / "cache")
+    assert torch.equal(again.frames, tensors["frames"])
+
+
+def test_images(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (4, 6, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert (np.asarray(data.open_image(tmp_path / "a.png")) == pixels).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to show it
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    assert (np.asarray(data.open_image(tmp_path / "turned.png")) == np.rot90(pixels, -1)).all()
+    Image.fromarray(pixels[:, :, 0]).save(tmp_path / "grey.png")
+    assert data.open_image(tmp_path / "grey.png").mode == "RGB"
+    whole = (tmp_path / "a.png").read_bytes()
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
+    for name, content in (("cut.png", whole[:len(whole) // 2]), ("empty.png", b""), ("text.png", b"no image"),
+                          ("crc.png", whole[:40] + b"\xff" * 9 + whole[49:])):
+        (tmp_path / name).write_bytes(content)
+    for name in ("cut", "empty", "text", "crc", "huge", "large", "none"):
+        with pytest.raises(InputError, match=f"{name}.png: ") as error:
+            data.open_image(tmp_path / f"{name}.png")
+        assert "\n" not in str(error.value)
