@@ -5,7 +5,6 @@
 # Started again it goes on where it stopped: a job whose result is there is skipped.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
-
 SCALE=${SCALE:-tiny}             # tiny: the stand-in world, made here; full: released models and data
 SMOKE=${SMOKE:-0}                # 1: every phase in seconds, in a folder of its own
 PHASES=${PHASES:-"0 1 2 3 4"}    # which phases, in order; 5 is the appendix
@@ -13,13 +12,17 @@ SEEDS=${SEEDS:-"0 1"}            # of every system; sweeps take the first
 CORES=$(nproc 2>/dev/null || echo 2)
 LAUNCH=${LAUNCH:-}               # goes before every job, e.g. "srun --gres=gpu:1"
 NPROC=${NPROC:-1}                # processes of a training job, by torchrun
-GPUS=${GPUS:-}                   # free list, e.g. "0 1", or "0 0 1" for two jobs on GPU 0; empty: CPU
-JOBS=${JOBS:-$(if [ -n "$GPUS" ]; then wc -w <<<"$GPUS"; else echo "$CORES"; fi)}   # jobs side by side
+GPUS=${GPUS:-}                   # a slot a word, a job a slot: "0 1", "0 0 1" (two jobs on GPU 0), "0,1 2,3"
+                                 # (NPROC=2), cpu; empty: every GPU of this machine, or what LAUNCH gives
+if [ -z "$GPUS$LAUNCH" ]; then
+    GPUS=${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p')}
+    GPUS=$(tr , ' ' <<<"$GPUS" | xargs -n "$NPROC" | tr ' ' ,)
+fi
+JOBS=${JOBS:-$(if [ "${GPUS:-cpu}" = cpu ]; then echo "$CORES"; else wc -w <<<"$GPUS"; fi)}   # jobs side by side
 THREADS=${THREADS:-$(( CORES > JOBS ? CORES / JOBS : 1 ))}   # of a job, on CPU
 DRY=${DRY:-0}                    # 1: print the commands, run nothing
 if [ "$SMOKE" = 1 ]; then NAME=smoke; else NAME=$SCALE; fi
 EXP=${EXP:-experiments/$NAME}    # runs, tables and figures
-
 export PYTHONUNBUFFERED=1 PYTHONUTF8=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 log() { if [ "$DRY" = 1 ]; then echo "# $*"; else printf '%(%H:%M:%S)T  %s\n' -1 "$*"; fi; }
 die() { echo "error: $*" >&2; exit 2; }
@@ -51,9 +54,8 @@ tiny)
     fi ;;
 full)
     AUDIOCAPS=${AUDIOCAPS:-data/audiocaps}; CLOTHO=${CLOTHO:-data/clotho}
-    AV=${AV:-data/av}; QA=${QA:-data/qa/test.json}
-    LLAVA=${LLAVA:-llava-hf/llava-1.5-7b-hf}; CLAP=${CLAP:-laion/clap-htsat-unfused}
-    TIMESFORMER=${TIMESFORMER:-facebook/timesformer-base-finetuned-k400}
+    AV=${AV:-data/av}; QA=${QA:-data/qa/test.json}; LLAVA=${LLAVA:-llava-hf/llava-1.5-7b-hf}
+    CLAP=${CLAP:-laion/clap-htsat-unfused}; TIMESFORMER=${TIMESFORMER:-facebook/timesformer-base-finetuned-k400}
     LAYERS="12 24"; TOKENS=16; HIDDEN=768; PROBE=1000; TOLERANCE=${TOLERANCE:-0.5}
     TRAIN=""; TRAIN_CLOTHO=""; VIDEO=""; SCST="--scst auto"; SHORT="--steps 500 --patience 1"
     OVERFIT="--limit 1000 --batch-size 64 --steps 300 --eval-every 75" ;;
@@ -75,17 +77,21 @@ sys.exit(any(u.find_spec(m) is None for m in '$MODULES $*'.split()))" 2>/dev/nul
     log "set-up: .venv from requirements.txt, 1 to 5 minutes (more where torch brings its CUDA packages)"
     PYTHON=$PWD/.venv/bin/python
     python3 -m venv .venv || die "python3 -m venv failed: on Debian, apt-get install python3-venv"
-    "$PYTHON" -m pip install -q --no-compile --disable-pip-version-check -r requirements.txt ||
-        die "pip could not install requirements.txt, see above"
-    cp requirements.txt .venv/ready
+    "$PYTHON" -m pip install -q --no-compile --disable-pip-version-check -r requirements.txt &&
+        cp requirements.txt .venv/ready || die "pip could not install requirements.txt, see above"
 }
 
 # ------------------------------------------------------------------ the pool: JOBS side by side
 declare -A NAME_OF=() SLOT_OF=() KIND_OF=() SIZE_OF=() BEGAN=()   # of a running job, by its process id
 declare -A LEFT=() SPENT=() MADE=()   # of a kind: size of what is left; seconds and size of what is done
-FREE=() FAILED=() ABLATIONS=() GPU_LIST=($GPUS)
+FREE=($GPUS) FAILED=() ABLATIONS=()   # FREE: what a job gets as CUDA_VISIBLE_DEVICES; cpu and "": no GPU
 LAST_LINE=0 VERDICT=""
-for ((i = 0; i < JOBS; i++)); do FREE+=("$i"); done
+for gpus in $GPUS; do
+    [ "$gpus" = cpu ] || [ "$(tr , '\n' <<<"$gpus" | wc -l)" = "$NPROC" ] ||
+        die "GPUS=\"$GPUS\": NPROC=$NPROC needs slots of $NPROC, such as \"0,1 2,3\" for NPROC=2"
+done
+while [ "${GPUS:-cpu}" = cpu ] && [ ${#FREE[@]} -lt "$JOBS" ]; do FREE+=("$GPUS"); done
+FREE=("${FREE[@]:0:JOBS}"); JOBS=${#FREE[@]}
 
 # job NAME MARKER KIND SIZE command...: start the command when a slot is free, unless MARKER is there, which
 # a finished job leaves; jobs of one KIND take time in proportion to their SIZE
@@ -93,15 +99,14 @@ job() {
     local name=$1 marker=$2 kind=$3 size=$4 slot; shift 4
     if [ -e "$marker" ]; then [ "$DRY" != 1 ] || log "$name: done"; return; fi
     if [ "$DRY" = plan ]; then echo "$size $kind"; return; fi
-    if [ "$DRY" = 1 ]; then echo "$(shown "$@")   # $name"; return; fi
     while [ ${#FREE[@]} -eq 0 ]; do reap; done
     slot=${FREE[0]}; FREE=("${FREE[@]:1}")
-    mkdir -p "$EXP/$name"
-    shown "$@" >"$EXP/$name/cmd.txt"
+    if [ "$DRY" = 1 ]; then FREE+=("$slot"); echo "$(shown "$@")   # $name"; return; fi
+    mkdir -p "$EXP/$name"; shown "$@" >"$EXP/$name/cmd.txt"
     (
         trap - INT TERM
-        [ -n "$GPUS" ] && export CUDA_VISIBLE_DEVICES=${GPU_LIST[$((slot % ${#GPU_LIST[@]}))]}
-        [ -z "$GPUS" ] && export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$THREADS
+        [ -z "$slot" ] || export CUDA_VISIBLE_DEVICES=${slot#cpu}
+        [ "${slot:-cpu}" != cpu ] || export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$THREADS
         exec 9>&-
         eval "$LAUNCH $(printf '%q ' "$@")"
     ) >>"$EXP/$name/run.log" 2>&1 </dev/null &
@@ -109,7 +114,7 @@ job() {
 }
 shown() {   # the command as a person would type it
     local words; words=$(printf '%q ' "$@"); words=${words/#$(printf '%q' "$PYTHON") /python }
-    echo "${LAUNCH:+$LAUNCH }${words% }"
+    echo "${slot:+CUDA_VISIBLE_DEVICES=${slot#cpu} }${LAUNCH:+$LAUNCH }${words% }"
 }
 reap() {   # wait a moment, collect what has ended, print a line of progress every ten seconds
     local pid
@@ -123,8 +128,7 @@ reap() {   # wait a moment, collect what has ended, print a line of progress eve
 ended() {   # ended PID: free its slot, remember how long it took or that it failed
     local name=${NAME_OF[$1]} kind=${KIND_OF[$1]} status
     wait "$1"; status=$?
-    FREE+=("${SLOT_OF[$1]}")
-    unset "NAME_OF[$1]"
+    FREE+=("${SLOT_OF[$1]}"); unset "NAME_OF[$1]"
     LEFT["$kind"]=$((${LEFT["$kind"]:-0} - SIZE_OF[$1]))
     if [ $status -ne 0 ]; then FAILED+=("$name"); log "FAILED $name (exit status $status)"; return; fi
     DONE=$((DONE + 1))
@@ -132,8 +136,7 @@ ended() {   # ended PID: free its slot, remember how long it took or that it fai
     MADE["$kind"]=$((${MADE["$kind"]:-0} + SIZE_OF[$1]))
 }
 plan() {   # plan PHASE: count the jobs that it would start, and add up their sizes by kind
-    local kind size
-    TOTAL=0 LEFT=()
+    local kind size; TOTAL=0 DONE=0 LEFT=()
     while read -r size kind; do
         TOTAL=$((TOTAL + 1)) LEFT["$kind"]=$((${LEFT["$kind"]:-0} + size))
     done < <(DRY=plan; "phase_$1")
@@ -168,14 +171,12 @@ stop() {
     log "stopped"; exit 130
 }
 
-# ------------------------------------------------------------------ jobs
 train() {   # train PHASE/NAME flags...
     local name=$1 kind="train to the plateau" size=1 start=("$PYTHON" train.py); shift
-    [ "$NPROC" -gt 1 ] && start=("$PYTHON" -m torch.distributed.run "--nproc-per-node=$NPROC" train.py)
+    [ "$NPROC" -gt 1 ] && start=("$PYTHON" -m torch.distributed.run --standalone "--nproc-per-node=$NPROC" train.py)
     [[ " $* " == *" --encoder "* ]] || set -- "$@" --encoder "$CLAP"
     if [[ " $* " =~ " --steps "([0-9]+) ]]; then kind="train, $THREADS threads" size=${BASH_REMATCH[1]}; fi
-    # an SCST step takes as long as three of cross-entropy
-    if [[ " $* " =~ " --scst-steps "([0-9]+) ]]; then size=$((size + 3 * BASH_REMATCH[1])); fi
+    if [[ " $* " =~ " --scst-steps "([0-9]+) ]]; then size=$((size + 3 * BASH_REMATCH[1])); fi   # measured: 3 of XE's
     job "$name" "$EXP/$name/training.json" "$kind" "$size" "${start[@]}" "$@" \
         --llava "$LLAVA" --cache "$EXP/cache" --out "$EXP/$name"
 }
@@ -189,8 +190,7 @@ system() {   # system PHASE/NAME SYSTEM DATASET FOLDER flags...: a run a seed, w
 # evaluate COMMAND MARKER GROUP RUN... -- flags: the runs that lack MARKER, in JOBS groups that each load LLaVA once
 evaluate() {
     local command=$1 marker=$2 group=$3 i=0 share runs=() some; shift 3
-    while [ "$1" != -- ]; do [ -e "$EXP/$1/$marker" ] || runs+=("$EXP/$1"); shift; done
-    shift
+    while [ "$1" != -- ]; do [ -e "$EXP/$1/$marker" ] || runs+=("$EXP/$1"); shift; done; shift
     share=$(( (${#runs[@]} + JOBS - 1) / JOBS ))
     while [ ${#runs[@]} -gt 0 ]; do
         i=$((i + 1)) some=("${runs[@]:0:$share}") runs=("${runs[@]:$share}")
@@ -209,8 +209,7 @@ phase_0() {   # do the parts work? a closed gate changes nothing; a small set ca
     THREADS=$(( CORES > 1 ? CORES / 2 : 1 ))
     evaluate retention retention.json sanity sanity/overfit -- --qa "$QA" --limit $((PROBE / 2))
     drain
-    job sanity/check "" check 1 "$PYTHON" evaluate.py check "$EXP/sanity/overfit" \
-        $([ "$SMOKE" = 1 ] && echo --exact-only)
+    job sanity/check "" check 1 "$PYTHON" evaluate.py check "$EXP/sanity/overfit" $([ "$SMOKE" = 1 ] && echo --exact-only)
 }
 
 phase_1() {   # AudioCaps: five systems; additive goes on to SCST and is reranked; then Clotho by two of them
@@ -229,8 +228,7 @@ phase_1() {   # AudioCaps: five systems; additive goes on to SCST and is reranke
     system clotho/cross_attention cross_attention clotho "$CLOTHO" $TRAIN_CLOTHO
     additive=$(all_seeds core/additive)
     for seed in $SEEDS; do
-        SEEDS=$seed system clotho/additive_init additive clotho "$CLOTHO" $TRAIN_CLOTHO \
-            --init "$EXP/core/additive_s$seed"
+        SEEDS=$seed system clotho/additive_init additive clotho "$CLOTHO" $TRAIN_CLOTHO --init "$EXP/core/additive_s$seed"
         # no SCST checkpoint where SCST collapsed at once
         [ "$DRY" = 0 ] && [ ! -e "$EXP/core/additive_s$seed/scst/fusion.json" ] || additive+=" core/additive_s$seed/scst"
     done
@@ -258,9 +256,7 @@ phase_2() {   # layers; tokens and width on the best layers; losses and the rera
     layer_sweep
     drain
     read -r best _ _ layers < <(best_of "${ABLATIONS[@]}")
-    for tokens in 8 16; do
-        for hidden in 512 768; do ablation additive "$layers" $tokens $hidden 0.1; done
-    done
+    for tokens in 8 16; do for hidden in 512 768; do ablation additive "$layers" $tokens $hidden 0.1; done; done
     drain
     read -r best tokens hidden layers < <(best_of "${ABLATIONS[@]}")
     ablation additive "$layers" "$tokens" "$hidden" 0
@@ -345,8 +341,7 @@ phase_4() {   # statistics, the folder to attach to a paper, the SCST checkpoint
         run=$EXP/core/additive_s$seed
         [ ! -e "$run/scst/predictions.json" ] ||
             compare "additive_scst_vs_xe_s$seed" "$(first_beam "$run/scst")" "$(first_beam "$run")"
-        [ ! -d "$run/first_beam" ] ||
-            compare "additive_reranked_vs_first_beam_s$seed" "$run" "$run/first_beam"
+        [ ! -d "$run/first_beam" ] || compare "additive_reranked_vs_first_beam_s$seed" "$run" "$run/first_beam"
     done
     drain
     [ "$DRY" != 0 ] || export_results
@@ -409,13 +404,11 @@ if [ "$DRY" = 0 ]; then
     trap stop INT TERM
 fi
 if [ "$SCALE" = tiny ]; then
-    log "stand-in world: $WORLD (3 minutes on first use)"
     job world "" world 1 "$PYTHON" tests/standin.py --out "$WORLD" $([ "$SMOKE" = 1 ] && echo --smoke)
     drain
 fi
 for PHASE in $PHASES; do
     declare -F "phase_$PHASE" >/dev/null || die "PHASES: there is no phase $PHASE"
-    DONE=0
     plan "$PHASE"
     log "phase $PHASE: $TOTAL jobs"
     "phase_$PHASE"

@@ -269,6 +269,42 @@ def test_gpus_are_a_free_list(stubbed):
     assert max(m[0] for m in most) == 2 and max(m[1] for m in most) == 1
 
 
+TWO_GPUS = '#!/bin/sh\necho "GPU 0: NVIDIA H100 (UUID: GPU-1)"\necho "GPU 1: NVIDIA H100 (UUID: GPU-2)"\n'
+
+
+@pytest.mark.parametrize("env, starts", [
+    ({}, {"0", "1"}), ({"NPROC": "2"}, {"0,1"}), ({"GPUS": "cpu"}, {""}), ({"GPUS": "1"}, {"1"}),
+    ({"GPUS": "0,1 2,3", "NPROC": "2"}, {"0,1", "2,3"}), ({"CUDA_VISIBLE_DEVICES": "5,7"}, {"5", "7"}),
+    ({"CUDA_VISIBLE_DEVICES": ""}, None), ({"LAUNCH": "srun --gres=gpu:1"}, None)])
+def test_a_dry_run_shows_the_gpus_of_every_job(stubbed, monkeypatch, env, starts):
+    """A job a GPU of the machine, unless GPUS, a scheduler or a launcher says otherwise; None: nothing is set."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    script = stubbed.folder / "bin/nvidia-smi"
+    script.write_text(TWO_GPUS)
+    script.chmod(0o755)
+    out = stubbed(DRY="1", PATH=f"{script.parent}:{os.environ['PATH']}", **env).communicate(timeout=60)[0]
+    jobs = [line for line in out.splitlines() if "train.py" in line]
+    assert len(jobs) == 17
+    if starts is None:
+        assert all(line.startswith(env.get("LAUNCH", "python")) for line in jobs)
+    else:
+        assert {line.split()[0].removeprefix("CUDA_VISIBLE_DEVICES=") for line in jobs} == starts
+    assert all(("--standalone --nproc-per-node=2" in line) is (env.get("NPROC") == "2") for line in jobs)
+
+
+def test_detected_gpus_get_a_job_each(stubbed, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    (stubbed.folder / "bin/nvidia-smi").write_text(TWO_GPUS)
+    (stubbed.folder / "bin/nvidia-smi").chmod(0o755)
+    process = stubbed(PATH=f"{stubbed.folder / 'bin'}:{os.environ['PATH']}", STUB_SLEEP="0.3", JOBS="8", SEEDS="0")
+    assert process.wait(60) == 0
+    busy = []
+    for call in calls(stubbed.folder):
+        what, name, *gpu = call.split()
+        busy = [b for b in busy if b[0] != name] + ([(name, gpu[0])] if what == "start" else [])
+        assert len({gpu for _, gpu in busy}) == len(busy) <= 2
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_stopping_ends_every_descendant(stubbed, how):
     process = stubbed(STUB_SLEEP="987")
@@ -303,6 +339,7 @@ def test_launch_goes_before_every_job(stubbed):
 
 @pytest.mark.parametrize("env, message", [
     (dict(PHASES="0 7"), "there is no phase 7"), (dict(SCALE="huge"), "tiny or full"),
+    (dict(GPUS="0 1", NPROC="2"), "NPROC=2 needs slots of 2"),
     (dict(VENV="/nowhere"), "lacks packages")])
 def test_mistakes_are_one_line(stubbed, env, message):
     process = stubbed(**env)
