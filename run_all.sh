@@ -151,7 +151,7 @@ time_left() {   # from the measured seconds of finished jobs of the same kinds
     for pid in "${!NAME_OF[@]}"; do
         [ -n "${MADE["${KIND_OF[$pid]}"]:-}" ] && sum=$((sum - SECONDS + BEGAN[$pid]))
     done
-    [ $sum -le 0 ] || echo ", $word $((sum / slots / 60 + 1)) min left"
+    [ $sum -le 0 ] || [ $slots -le 0 ] || echo ", $word $((sum / slots / 60 + 1)) min left"
 }
 drain() {   # wait until all have ended; with failures, show the ends of their logs and leave with status 1
     local name
