@@ -1,7 +1,8 @@
 """Runs the repository's scripts in forks of one Python that has imported torch and transformers already.
 
 Importing them takes 7 s of CPU, most of what a small run takes. A fork runs the script from its first line, as
-`python script.py` does, with the caller's folder, environment, input and output.
+`python script.py` does, with the caller's folder, environment, input and output, but with the threads of the server:
+OMP_NUM_THREADS was read when torch was imported.
 
     python tests/preloaded.py serve SOCKET                  # until its parent's end of stdin closes
     python -S tests/preloaded.py run SOCKET train.py ...    # one script; its exit status
