@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests run on the CPU, here and in the scripts that they start
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a folder that is not there would be looked up as a hub name
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,17 @@ def python(*args, cwd=ROOT, check=True, **kwargs):
     return done
 
 
+def copy_of_repository(folder, world):
+    """A folder of links to the repository's files and to a stand-in world of smoke size."""
+    folder.mkdir()
+    for path in ROOT.iterdir():
+        if path.suffix in (".py", ".sh", ".txt"):
+            (folder / path.name).symlink_to(path)
+    (folder / "tests").symlink_to(ROOT / "tests")
+    (folder / "smoke").symlink_to(world)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Folder with data/ and models/ of the stand-in world at smoke size; WORLD=folder takes one that is there."""
@@ -30,24 +42,44 @@ def world(tmp_path_factory):
     return folder
 
 
+PRELOADED = """#!/bin/sh
+case $1 in
+train.py | evaluate.py) exec {python} -S {root}/tests/preloaded.py run {socket} "$@" ;;
+*) exec {python} "$@" ;;
+esac
+"""
+
+
 @pytest.fixture(scope="session")
-def smoke_started(world, tmp_path_factory):
-    """Every phase of `SMOKE=1 bash run_all.sh` in a copy of the repository, one job at a time: (its folder, process)."""
-    copy = tmp_path_factory.mktemp("clone with späce")  # breaks what is not quoted, or takes all text for ASCII
-    for path in ROOT.iterdir():
-        if path.suffix in (".py", ".sh", ".txt"):
-            (copy / path.name).symlink_to(path)
-    (copy / "tests").symlink_to(ROOT / "tests")
-    (copy / "smoke").symlink_to(world)
+def preloaded(tmp_path_factory):
+    """A VENV for run_all.sh: its Python runs train.py and evaluate.py in forks that need not import torch again."""
+    venv = tmp_path_factory.mktemp("venv")
+    (venv / "bin").mkdir()
+    script = PRELOADED.format(python=sys.executable, root=ROOT, socket=venv / "socket")
+    (venv / "bin/python").write_text(script)
+    (venv / "bin/python").chmod(0o755)
+    server = subprocess.Popen([sys.executable, ROOT / "tests/preloaded.py", "serve", venv / "socket"],
+                              stdin=subprocess.PIPE)
+    yield venv
+    server.stdin.close()  # ends it
+    server.wait()
+
+
+@pytest.fixture(scope="session")
+def smoke_started(world, preloaded, tmp_path_factory):
+    """Every phase of `SMOKE=1 bash run_all.sh` in a copy of the repository, two jobs at a time: (its folder, process)."""
+    # a name that breaks what is not quoted, or takes all text for ASCII
+    copy = copy_of_repository(tmp_path_factory.mktemp("copy") / "clone with späce", world)
     with open(copy / "output.txt", "w") as out:
         process = subprocess.Popen(
             ["bash", "run_all.sh"], cwd=copy, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             preexec_fn=lambda: os.umask(0o077), env={
-                **os.environ, "SMOKE": "1", "SEEDS": "0", "PHASES": "0 1 2 3 4 5", "JOBS": "1", "THREADS": "1",
-                "HOME": "/nowhere", "LC_ALL": "C", "VENV": str(Path(sys.executable).parent.parent)})
+                **os.environ, "SMOKE": "1", "SEEDS": "0", "PHASES": "0 1 2 3 4 5", "JOBS": "2", "THREADS": "1",
+                "HOME": "/nowhere", "LC_ALL": "C", "VENV": str(preloaded)})
     yield copy, process
     if process.poll() is None:
         process.terminate()
+        process.wait()
 
 
 def pytest_collection_modifyitems(items):

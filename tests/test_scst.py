@@ -132,7 +132,7 @@ def test_masked_tokens_do_not_count():
 def test_what_a_reward_can_teach_in_the_stand_in_world(skew, low, high, levels, monkeypatch):
     """CIDEr-D of a scene's most agreeable caption over that of its likeliest: nothing, but in the world of --even."""
     import standin
-    monkeypatch.setattr(standin, "skew", skew)
+    monkeypatch.setattr(standin.scenes, "skew", skew)
     rng = np.random.default_rng(1)
     scenes = [standin.draw_scene(rng) for _ in range(100)]
     references = [standin.paraphrases(standin.caption, scene, rng, 5) for scene in scenes]
@@ -155,7 +155,7 @@ def agreement(clips):
 @pytest.mark.parametrize("skew, wanted", [(3, 2.6), (0, 1.5)])
 def test_how_well_captions_of_the_stand_in_world_agree(skew, wanted, monkeypatch):
     import standin
-    monkeypatch.setattr(standin, "skew", skew)
+    monkeypatch.setattr(standin.scenes, "skew", skew)
     rng = np.random.default_rng(1)
     clips = [standin.paraphrases(standin.caption, standin.draw_scene(rng), rng, 5) for _ in range(320)]
     assert abs(agreement(clips) - wanted) < 0.1
