@@ -31,6 +31,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import jinja2
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
@@ -645,12 +646,15 @@ def _file_hashes(split, folder, pool):
 
 SOUND_PROMPT = "Describe the sound."
 VIDEO_PROMPT = "Describe the video."
+# of a chat template that is not there, or does not take a message in parts
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError)
 
 
 class Backbone:
     """A frozen LLaVA: .llava, .decoder (what a fusion attaches to), .tokenizer, .device.
 
-    Raises InputError when it cannot be loaded.
+    Prompts and answers are written as the checkpoint's own chat template writes them.
+    Raises InputError when it cannot be loaded or its parts do not fit together.
     """
 
     def __init__(self, path, device):
@@ -670,10 +674,72 @@ class Backbone:
         self.llava = self.llava.to(self.device).eval().requires_grad_(False)
         self.tokenizer = self.processor.tokenizer
         self.decoder = self.llava.model.language_model
-        self.eos, self.pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        # a template may write <s>; a tokenizer that adds one itself must not see it
+        first = self.tokenizer("question").input_ids[:1]
+        adds_bos = first == [self.tokenizer.bos_token_id]
+        self.bos = self.tokenizer.bos_token if adds_bos else ""
+        self._check_images()
+        self.before_answer, self.eos = self._answer_format()
+        if self.eos is None:
+            raise InputError(f"{path}: its tokenizer has no eos_token and its chat template "
+                             "ends answers without a special token; set one of them")
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.eos)
+        self.pad = self.tokenizer.pad_token_id
         # concat's placeholders carry no content of their own; a word repeated
         # sixteen times would derail a small decoder
         self.placeholder = self.pad
+
+    def _check_images(self):
+        """Tell the processor how long an image is; a prompt must hold one image token."""
+        config, processor = self.llava.config, self.processor
+        if hasattr(processor, "num_additional_image_tokens"):
+            # old checkpoints lack some of these three, which the model knows
+            names = [name for name, _ in self.llava.model.vision_tower.named_parameters()]
+            has_cls = any(n.endswith(("class_embedding", "cls_token")) for n in names)
+            processor.patch_size = config.vision_config.patch_size
+            processor.num_additional_image_tokens = int(has_cls)
+            processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        image = config.image_token_id
+        if self.tokenizer.convert_ids_to_tokens(image) != processor.image_token:
+            raise InputError(f"{self.path}: its tokenizer has no {processor.image_token} with "
+                             f"the id {image} that config.json names")
+        reason = "it leaves the image out"
+        try:
+            ids = self.tokenizer(self.chat("question", image=True)).input_ids
+        except TEMPLATE_ERRORS as e:
+            ids, reason = [], " ".join(str(e).split())[:160]
+        if ids.count(image) != 1:
+            raise InputError(f"{self.path}: has no chat template for a question about an image "
+                             f"({reason}); put the model's chat_template.jinja there")
+
+    def _answer_format(self):
+        """(text between a prompt and its answer, id of the token that ends an answer).
+
+        Both are read from the chat template's own rendering of an answer. If there is none, or
+        it does not begin with the prompt, a space comes between them, but not after a prompt
+        that ends in white space. If no special token follows the answer, the tokenizer's eos
+        ends it.
+        """
+        prompt, answer = self.chat("question"), "@answer@"
+        try:
+            whole = self._render(_turn("user", "question"), _turn("assistant", answer))
+        except TEMPLATE_ERRORS:
+            whole = ""
+        before, _, after = whole.partition(answer)
+        if answer in whole and before.startswith(prompt):
+            between = before[len(prompt):]
+        else:
+            between = "" if prompt[-1:].isspace() else " "
+        eos = self.tokenizer.eos_token_id
+        for id, token in self.tokenizer.added_tokens_decoder.items():
+            if token.special and after.startswith(token.content):
+                eos = id
+        return between, eos
+
+    def _render(self, *turns, prompt=False):
+        text = self.processor.apply_chat_template(list(turns), add_generation_prompt=prompt)
+        return text.removeprefix(self.bos)
 
     def autocast(self):
         if self.device.type == "cuda":
@@ -683,9 +749,7 @@ class Backbone:
     @functools.lru_cache(maxsize=1024)  # noqa: B019  filling the template takes .2 ms
     def chat(self, text, image=False):
         """One user turn in the model's own chat format, up to where the answer begins."""
-        content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
-        turn = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(turn, add_generation_prompt=True).rstrip()
+        return self._render(_turn("user", text, image), prompt=True)
 
     def prompt(self, text, placeholders=0):
         """Token ids of a prompt without an image, and the positions of its placeholders.
@@ -702,14 +766,21 @@ class Backbone:
     def caption_ids(self, text, caption):
         """Token ids of a caption as the answer to a prompt, with the end token."""
         prompt = self.tokenizer(self.chat(text)).input_ids
-        whole = self.tokenizer(f"{self.chat(text)} {caption}").input_ids
-        if whole[:len(prompt)] != prompt:
-            raise InputError(f"{self.path}: its tokenizer joins the prompt {text!r} and "
-                             f"the caption {caption[:40]!r}")
-        return whole[len(prompt):] + [self.eos]
+        answer = self.before_answer + caption
+        whole = self.tokenizer(self.chat(text) + answer).input_ids
+        if whole[:len(prompt)] == prompt:
+            ids = whole[len(prompt):]
+        else:  # the tokenizer joins the prompt's end and the caption's beginning
+            ids = self.tokenizer(answer, add_special_tokens=False).input_ids
+        return ids + [self.eos]
 
     def text(self, ids):
         return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
+
+
+def _turn(role, text, image=False):
+    content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
+    return {"role": role, "content": content}
 
 
 @functools.lru_cache(maxsize=2)  # several runs in one process share their models

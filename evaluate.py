@@ -790,8 +790,7 @@ class Probe:
             batch["pixel_values"] = batch["pixel_values"].to(backbone.llava.dtype)
             answers = []
             for q in part:
-                ids = backbone.tokenizer(" " + q.answer, add_special_tokens=False).input_ids
-                answers.append(ids + [backbone.eos])
+                answers.append(backbone.caption_ids(q.question, q.answer))
             self.batches.append((batch, answers))
 
     def with_placeholders(self, batch, n):
@@ -821,7 +820,7 @@ class Probe:
                 P = batch["input_ids"].shape[1]
                 new = backbone.llava.generate(
                     **batch, max_new_tokens=24, do_sample=False, num_beams=1,
-                    pad_token_id=backbone.pad)[:, P:]
+                    eos_token_id=backbone.eos, pad_token_id=backbone.pad)[:, P:]
                 nll = self._nll(batch, answers)
             results += [{"answer": backbone.text(row), "nll": x}
                         for row, x in zip(new.tolist(), nll)]
