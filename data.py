@@ -646,8 +646,6 @@ def _file_hashes(split, folder, pool):
 
 SOUND_PROMPT = "Describe the sound."
 VIDEO_PROMPT = "Describe the video."
-# of a chat template that is not there, or does not take a message in parts
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError)
 
 
 class Backbone:
@@ -680,9 +678,6 @@ class Backbone:
         self.bos = self.tokenizer.bos_token if adds_bos else ""
         self._check_images()
         self.before_answer, self.eos = self._answer_format()
-        if self.eos is None:
-            raise InputError(f"{path}: its tokenizer has no eos_token and its chat template "
-                             "ends answers without a special token; set one of them")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.eos)
         self.pad = self.tokenizer.pad_token_id
@@ -691,40 +686,34 @@ class Backbone:
         self.placeholder = self.pad
 
     def _check_images(self):
-        """Tell the processor how long an image is; a prompt must hold one image token."""
+        """Tell the processor what old checkpoints leave out: how many tokens an image takes."""
         config, processor = self.llava.config, self.processor
-        if hasattr(processor, "num_additional_image_tokens"):
-            # old checkpoints lack some of these three, which the model knows
-            names = [name for name, _ in self.llava.model.vision_tower.named_parameters()]
-            has_cls = any(n.endswith(("class_embedding", "cls_token")) for n in names)
-            processor.patch_size = config.vision_config.patch_size
-            processor.num_additional_image_tokens = int(has_cls)
-            processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-        image = config.image_token_id
-        if self.tokenizer.convert_ids_to_tokens(image) != processor.image_token:
-            raise InputError(f"{self.path}: its tokenizer has no {processor.image_token} with "
-                             f"the id {image} that config.json names")
-        reason = "it leaves the image out"
+        names = [name for name, _ in self.llava.model.vision_tower.named_parameters()]
+        has_cls = any(n.endswith(("class_embedding", "cls_token")) for n in names)
+        processor.patch_size = config.vision_config.patch_size
+        processor.num_additional_image_tokens = int(has_cls)
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        image, reason = config.image_token_id, "it does not"
         try:
             ids = self.tokenizer(self.chat("question", image=True)).input_ids
-        except TEMPLATE_ERRORS as e:
+        except (jinja2.TemplateError, TypeError, ValueError) as e:
             ids, reason = [], " ".join(str(e).split())[:160]
         if ids.count(image) != 1:
-            raise InputError(f"{self.path}: has no chat template for a question about an image "
-                             f"({reason}); put the model's chat_template.jinja there")
+            raise InputError(f"{self.path}: a question about an image must hold one token {image}, "
+                             f"{processor.image_token} ({reason}); the folder needs the model's "
+                             "own tokenizer and chat_template.jinja")
 
     def _answer_format(self):
         """(text between a prompt and its answer, id of the token that ends an answer).
 
-        Both are read from the chat template's own rendering of an answer. If there is none, or
-        it does not begin with the prompt, a space comes between them, but not after a prompt
-        that ends in white space. If no special token follows the answer, the tokenizer's eos
-        ends it.
+        As the chat template renders them. Where it renders no answer, or begins it otherwise
+        than it ends the prompt: a space, or nothing after white space. Where no special token
+        follows the answer: the tokenizer's eos.
         """
         prompt, answer = self.chat("question"), "@answer@"
         try:
-            whole = self._render(_turn("user", "question"), _turn("assistant", answer))
-        except TEMPLATE_ERRORS:
+            whole = self.chat("question", answer=answer)
+        except (jinja2.TemplateError, TypeError, ValueError):
             whole = ""
         before, _, after = whole.partition(answer)
         if answer in whole and before.startswith(prompt):
@@ -737,19 +726,21 @@ class Backbone:
                 eos = id
         return between, eos
 
-    def _render(self, *turns, prompt=False):
-        text = self.processor.apply_chat_template(list(turns), add_generation_prompt=prompt)
-        return text.removeprefix(self.bos)
-
     def autocast(self):
         if self.device.type == "cuda":
             return torch.autocast("cuda", torch.bfloat16)
         return contextlib.nullcontext()
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019  filling the template takes .2 ms
-    def chat(self, text, image=False):
-        """One user turn in the model's own chat format, up to where the answer begins."""
-        return self._render(_turn("user", text, image), prompt=True)
+    def chat(self, text, image=False, answer=None):
+        """A user's turn in the model's own chat format, up to the answer, or with it."""
+        content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
+        turns = [{"role": "user", "content": content}]
+        if answer is not None:
+            content = [{"type": "text", "text": answer}]
+            turns.append({"role": "assistant", "content": content})
+        chat = self.processor.apply_chat_template(turns, add_generation_prompt=answer is None)
+        return chat.removeprefix(self.bos)
 
     def prompt(self, text, placeholders=0):
         """Token ids of a prompt without an image, and the positions of its placeholders.
@@ -776,11 +767,6 @@ class Backbone:
 
     def text(self, ids):
         return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
-
-
-def _turn(role, text, image=False):
-    content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
-    return {"role": role, "content": content}
 
 
 @functools.lru_cache(maxsize=2)  # several runs in one process share their models
