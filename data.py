@@ -40,6 +40,7 @@ from pathlib import Path
 
 import av
 import av.sidedata.sidedata
+import jinja2
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
@@ -869,7 +870,8 @@ VIDEO_PROMPT = "Describe the video."
 class Backbone:
     """A frozen LLaVA: .llava, .decoder (what a fusion attaches to), .tokenizer, .device.
 
-    Raises InputError when it cannot be loaded.
+    Prompts and answers are written as the checkpoint's own chat template writes them.
+    Raises InputError when it cannot be loaded or its parts do not fit together.
     """
 
     def __init__(self, path, device):
@@ -889,10 +891,59 @@ class Backbone:
         self.llava = self.llava.to(self.device).eval().requires_grad_(False)
         self.tokenizer = self.processor.tokenizer
         self.decoder = self.llava.model.language_model
-        self.eos, self.pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        # a template may write <s>; a tokenizer that adds one itself must not see it
+        first = self.tokenizer("question").input_ids[:1]
+        adds_bos = first == [self.tokenizer.bos_token_id]
+        self.bos = self.tokenizer.bos_token if adds_bos else ""
+        self._check_images()
+        self.before_answer, self.eos = self._answer_format()
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.eos)
+        self.pad = self.tokenizer.pad_token_id
         # concat's placeholders carry no content of their own; a word repeated
         # sixteen times would derail a small decoder
         self.placeholder = self.pad
+
+    def _check_images(self):
+        """Tell the processor what old checkpoints leave out: how many tokens an image takes."""
+        config, processor = self.llava.config, self.processor
+        names = [name for name, _ in self.llava.model.vision_tower.named_parameters()]
+        has_cls = any(n.endswith(("class_embedding", "cls_token")) for n in names)
+        processor.patch_size = config.vision_config.patch_size
+        processor.num_additional_image_tokens = int(has_cls)
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        image, reason = config.image_token_id, "it does not"
+        try:
+            ids = self.tokenizer(self.chat("question", image=True)).input_ids
+        except (jinja2.TemplateError, TypeError, ValueError) as e:
+            ids, reason = [], " ".join(str(e).split())[:160]
+        if ids.count(image) != 1:
+            raise InputError(f"{self.path}: a question about an image must hold one token {image}, "
+                             f"{processor.image_token} ({reason}); the folder needs the model's "
+                             "own tokenizer and chat_template.jinja")
+
+    def _answer_format(self):
+        """(text between a prompt and its answer, id of the token that ends an answer).
+
+        As the chat template renders them. Where it renders no answer, or begins it otherwise
+        than it ends the prompt: a space, or nothing after white space. Where no special token
+        follows the answer: the tokenizer's eos.
+        """
+        prompt, answer = self.chat("question"), "@answer@"
+        try:
+            whole = self.chat("question", answer=answer)
+        except (jinja2.TemplateError, TypeError, ValueError):
+            whole = ""
+        before, _, after = whole.partition(answer)
+        if answer in whole and before.startswith(prompt):
+            between = before[len(prompt):]
+        else:
+            between = "" if prompt[-1:].isspace() else " "
+        eos = self.tokenizer.eos_token_id
+        for id, token in self.tokenizer.added_tokens_decoder.items():
+            if token.special and after.startswith(token.content):
+                eos = id
+        return between, eos
 
     def autocast(self):
         if self.device.type == "cuda":
@@ -900,11 +951,15 @@ class Backbone:
         return contextlib.nullcontext()
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019  filling the template takes .2 ms
-    def chat(self, text, image=False):
-        """One user turn in the model's own chat format, up to where the answer begins."""
+    def chat(self, text, image=False, answer=None):
+        """A user's turn in the model's own chat format, up to the answer, or with it."""
         content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
-        turn = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(turn, add_generation_prompt=True).rstrip()
+        turns = [{"role": "user", "content": content}]
+        if answer is not None:
+            content = [{"type": "text", "text": answer}]
+            turns.append({"role": "assistant", "content": content})
+        chat = self.processor.apply_chat_template(turns, add_generation_prompt=answer is None)
+        return chat.removeprefix(self.bos)
 
     def prompt(self, text, placeholders=0):
         """Token ids of a prompt without an image, and the positions of its placeholders.
@@ -921,11 +976,13 @@ class Backbone:
     def caption_ids(self, text, caption):
         """Token ids of a caption as the answer to a prompt, with the end token."""
         prompt = self.tokenizer(self.chat(text)).input_ids
-        whole = self.tokenizer(f"{self.chat(text)} {caption}").input_ids
-        if whole[:len(prompt)] != prompt:
-            raise InputError(f"{self.path}: its tokenizer joins the prompt {text!r} and "
-                             f"the caption {caption[:40]!r}")
-        return whole[len(prompt):] + [self.eos]
+        answer = self.before_answer + caption
+        whole = self.tokenizer(self.chat(text) + answer).input_ids
+        if whole[:len(prompt)] == prompt:
+            ids = whole[len(prompt):]
+        else:  # the tokenizer joins the prompt's end and the caption's beginning
+            ids = self.tokenizer(answer, add_special_tokens=False).input_ids
+        return ids + [self.eos]
 
     def text(self, ids):
         return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())

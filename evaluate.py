@@ -757,13 +757,10 @@ class Probe:
         for i in range(0, len(questions), batch_size):
             images, texts, answers = [], [], []
             for q in questions[i:i + batch_size]:
-                try:
-                    images.append(Image.open(q.image).convert("RGB"))
-                except OSError as e:
-                    raise InputError(f"{q.image}: not a readable image ({e})") from None
+                images.append(data.open_image(q.image))
                 texts.append(backbone.chat(q.question, image=True))
-                ids = backbone.tokenizer(" " + q.answer, add_special_tokens=False).input_ids
-                answers.append(torch.tensor(ids + [backbone.eos], device=backbone.device))
+                answers.append(torch.tensor(backbone.caption_ids(q.question, q.answer),
+                                            device=backbone.device))
             batch = backbone.processor(text=texts, images=images, padding=True,
                                        return_tensors="pt").to(backbone.device)
             batch["pixel_values"] = batch["pixel_values"].to(backbone.llava.dtype)
@@ -789,8 +786,9 @@ class Probe:
                 if branch.fusion.spec.kind == "concat" and branch.frames is not None:
                     batch, slots = self.with_placeholders(batch, branch.fusion.spec.tokens)
             with backbone.autocast(), attach_branches(backbone.decoder, branches, clips, slots):
-                new = backbone.llava.generate(**batch, max_new_tokens=24, do_sample=False,
-                                              num_beams=1, pad_token_id=backbone.pad)
+                new = backbone.llava.generate(
+                    **batch, max_new_tokens=24, do_sample=False, num_beams=1,
+                    eos_token_id=backbone.eos, pad_token_id=backbone.pad)
                 nll = self._nll(batch, answers)
             P = batch["input_ids"].shape[1]
             for row, x in zip(new[:, P:].tolist(), nll):
