@@ -48,6 +48,11 @@ def bleu_stats(pairs):
     return np.array(rows, float), corpus, np.array(items).T
 
 
+def meteor_of(lines):
+    """METEOR of n SCORE lines: (..., n, 23) → (...)."""
+    return bootstrap.meteor(bootstrap.without_single_chunks(lines).sum(-2))
+
+
 def meteor_stats(n, rng, shift=0.):
     """n x 2 plausible SCORE lines of two systems equally good up to `shift`, alike on each item: (n, 2, 23)."""
     length = rng.integers(5, 15, (n, 2, 2))
@@ -121,8 +126,8 @@ def test_meteor_equals_the_jar():
     expected = np.array(out.split(), float)
     table = np.array([row.split() for row in stats], float)
     assert table.shape == (len(pairs), 23) and len(expected) == len(pairs) + 1
-    assert np.abs(bootstrap.meteor_from_stats(table[:, None]) - expected[:-1]).max() < 1e-12
-    assert abs(bootstrap.meteor_from_stats(table) - expected[-1]) < 1e-12
+    assert np.abs(meteor_of(table[:, None]) - expected[:-1]).max() < 1e-12
+    assert abs(meteor_of(table) - expected[-1]) < 1e-12
     assert abs(through_files(meteor=table)["meteor"] - expected[-1]) < 1e-12
     assert expected[-4] == 1 and expected[-3] == expected[-2] == 0  # the three made-up pairs
     assert abs(expected[:-1].mean() - expected[-1]) > 1e-4  # the corpus score is no mean of items
@@ -131,17 +136,17 @@ def test_meteor_equals_the_jar():
 def test_bleu_equals_pycocoevalcap():
     pairs = captions(300) + [("dog", ["a dog"]), ("a very long caption of a dog " * 3, ["a dog"])]
     stats, corpus, items = bleu_stats(pairs)
-    assert np.abs(bootstrap.bleu_from_stats(stats) - corpus).max() < 1e-12
-    assert np.abs(bootstrap.bleu_from_stats(stats[:, None]) - items).max() < 1e-12
+    assert np.abs(bootstrap.bleu(stats.sum(0)) - corpus).max() < 1e-12
+    assert np.abs(bootstrap.bleu(stats) - items).max() < 1e-12
     assert list(through_files(bleu=stats).values()) == pytest.approx(corpus, abs=1e-12)
 
 
 def test_statistics_keep_leading_shapes():
     stats = meteor_stats(12, np.random.default_rng(0))
-    both = bootstrap.meteor_from_stats(stats.swapaxes(0, 1))
-    assert both.tolist() == [bootstrap.meteor_from_stats(stats[:, k]) for k in (0, 1)]
-    assert bootstrap.meteor_from_stats(np.zeros((2, 3, 23))).tolist() == [0, 0]
-    assert not bootstrap.bleu_from_stats(np.zeros((2, 3, 10))).any()
+    both = meteor_of(stats.swapaxes(0, 1))
+    assert both.tolist() == [meteor_of(stats[:, k]) for k in (0, 1)]
+    assert meteor_of(np.zeros((2, 3, 23))).tolist() == [0, 0]
+    assert not bootstrap.bleu(np.zeros((2, 10))).any()
 
 
 # ---- identities
@@ -270,7 +275,7 @@ def test_type_one_error_is_five_percent(metric, draw):
 
 def test_intervals_cover_a_difference_that_is_not_zero():
     rng = np.random.default_rng(5)
-    truth = bootstrap.meteor_from_stats(meteor_stats(400_000, rng, .2).swapaxes(0, 1)) @ [1, -1]
+    truth = meteor_of(meteor_stats(400_000, rng, .2).swapaxes(0, 1)) @ [1, -1]
     assert truth > .03
     found = experiments(lambda n, rng: meteor_stats(n, rng, .2), "meteor", times=600)
     for key in ("ci95", "bca95"):
