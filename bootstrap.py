@@ -15,6 +15,7 @@ In shape comments: n items, R runs (those of A, then those of B), K statistics o
 import argparse
 import json
 import os
+import re
 import sys
 from collections import Counter
 from statistics import NormalDist
@@ -93,7 +94,7 @@ def load(path):
     """Items of a run's folder, a predictions.json or a scores.json. Raises InputError."""
     path = os.path.join(path, "predictions.json") if os.path.isdir(path) else path
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             items = json.load(file)
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror}): give a run's folder, its predictions.json "
@@ -104,14 +105,22 @@ def load(path):
         items = items.get("items")
     if not isinstance(items, list) or not items:
         raise InputError(f"{path} holds no items: a list of {{id, prediction, references, scores}} is needed")
-    needed = (("id", (str, int), "give every item the id of its clip"),
-              ("references", list, "add them, to show that both systems were scored alike"),
+    needed = (("references", list, "add them, to show that both systems were scored alike"),
               ("scores", dict, f"run python evaluate.py score {path} --out scores.json"))
     for i, item in enumerate(items):
+        if not isinstance(item, dict) or type(item.get("id")) not in (str, int):
+            raise InputError(f"item {i} of {path} has no id: give it text or an integer")
         for key, kind, cure in needed:
-            if not isinstance(item, dict) or not isinstance(item.get(key), kind):
+            if not isinstance(item.get(key), kind):
                 raise InputError(f"item {i} of {path} has no {key}: {cure}")
+        item["id"] = _clean(item["id"])
+        item["references"] = [_clean(reference) for reference in item["references"]]
     return items
+
+
+def _clean(text):
+    """As text, with U+FFFD for half a surrogate pair: a cut-off emoji leaves one."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", str(text))
 
 
 def match(runs, names):
@@ -431,7 +440,11 @@ def main(argv=None):
         with open(args.json + ".tmp", "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1, allow_nan=False)
         os.replace(args.json + ".tmp", args.json)
-    (report_comparison if args.command == "compare" else report_seeds)(result)
+    try:
+        (report_comparison if args.command == "compare" else report_seeds)(result)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -52,6 +52,9 @@ class Run:
         self.label = name + {"xe": "", "scst": " + SCST"}.get(stage, f", {stage}")
         self.style = {"color": colour, "marker": "*" if stage == "scst" else marker}
         self.result = read_json(folder / "result.json")
+        self.state = "finished" if self.result else "not finished"
+        if self.result and self.result.get("split") != "test":  # every table is of the test split
+            self.result, self.state = None, "not of the test split"
         self.retention = read_json(folder / "retention.json")
         self.robustness = read_json(folder / "robustness.json")
         self.values = {**self.vqa_values(), **self.result_values()}
@@ -641,7 +644,10 @@ def report(folder):
     head.append(f"{len(done)} results, {hours:.2f} hours of training.")
     if study.metric == "spider_lite":
         head.append("SPICE has not run everywhere: spider_lite stands in for SPIDEr, under its own name.")
-    unfinished = [str(run.path) for run in runs if not run.result]
+    others = [str(run.path) for run in runs if run.state == "not of the test split"]
+    if others:
+        head.append(f"**Left out**, as their result.json is not of the test split: {', '.join(others)}")
+    unfinished = [str(run.path) for run in runs if run.state == "not finished"]
     if unfinished:
         head.append(f"**Not finished** ({len(unfinished)} of {len(runs)} runs): {', '.join(unfinished)}")
     body, missing = report_body(study)
@@ -649,8 +655,8 @@ def report(folder):
         head.append(f"**Missing**: {'; '.join(missing)}.")
     rows = []
     for run in runs:
-        state = [cell([run], *COSTS[1][1:]), "finished" if run.result else "not finished"]
-        rows.append([f"`{run.path}`", run.config["seed"], run.config.get("git") or "-", *state])
+        minutes = cell([run], *COSTS[1][1:])
+        rows.append([f"`{run.path}`", run.config["seed"], run.config.get("git") or "-", minutes, run.state])
     body += ["## Where the numbers come from", table(["run", "seed", "commit", "minutes", "result"], rows)]
     text = "\n\n".join(part for part in head + body if part) + "\n"
     tmp = folder / "REPORT.md.tmp"
@@ -663,13 +669,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="a folder with phases of runs, such as experiments/tiny")
     args = parser.parse_args()
+    os.environ.pop("MPLBACKEND", None)  # a notebook sets it to one that may not be importable here
     try:
         text = report(args.folder)
     except FileNotFoundError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     shown = text.split("\n## Where the numbers come from")[0].splitlines()
-    print("\n".join(line for line in shown if line.startswith(("#", "|", "**"))))
+    try:
+        print("\n".join(line for line in shown if line.startswith(("#", "|", "**"))), flush=True)
+    except BrokenPipeError:  # as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -387,7 +387,19 @@ def duplicate(items):
     items.append(items[7])
 
 
+def change_id(value):
+    return edited(lambda x: x[3].update(id=value))
+
+
 BAD = {
+    "list id": (change_id(["a", 1]), [], "item 3 of b.json has no id: give it text or an integer"),
+    "null id": (change_id(None), [], "item 3 of b.json has no id: give it text or an integer"),
+    "float id": (change_id(1.5), [], "item 3 of b.json has no id: give it text or an integer"),
+    "whole float id": (change_id(2.0), [], "item 3 of b.json has no id: give it text or an integer"),
+    "bool id": (change_id(True), [], "item 3 of b.json has no id: give it text or an integer"),
+    "1 and '1'": (edited(lambda x: [x[0].update(id=1), x[1].update(id="1")]), [], "'1' occurs more than once"),
+    "surrogate": (edited(lambda x: [x[0].update(id="\ud83d"), x[1].update(id="\ud83d")]), [],
+                  "'\ufffd' occurs more than once"),
     "no file": (None, [], "cannot read"),
     "not JSON": ("[{", [], "not JSON (Expecting"),
     "no items": ("[]", [], "holds no items"),
@@ -429,6 +441,34 @@ def test_bad_input_is_one_line(case, tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert not out and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_odd_but_readable_files_compare_as_they_are(tmp_path):
+    """A byte-order mark, half a surrogate, integers as ids and NaN under a key of somebody else change no number."""
+    items = make_items(seed=1)
+    plain = write(tmp_path / "plain.json", [{**item, "id": str(i)} for i, item in enumerate(items)])
+    odd = [{**item, "id": i, "prediction": "a dog \ud83d", "logit": float("nan")} for i, item in enumerate(items)]
+    (tmp_path / "odd.json").write_text(json.dumps({"n": 60, "items": odd}), encoding="utf-8-sig")
+    other = write(tmp_path / "other.json", [{**item, "id": i} for i, item in enumerate(make_items(seed=2))])
+    results = []
+    for name in (plain, tmp_path / "odd.json"):
+        done = run("compare", name, other, "--resamples", "200", "--json", tmp_path / "out.json")
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        results.append(json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)["metrics"])
+    assert results[0] == results[1]
+    cut = write(tmp_path / "cut.json", make_items(seed=1, refs=("a dog \ud83d",)))
+    whole = write(tmp_path / "whole.json", make_items(seed=2, refs=("a dog \ufffd",)))
+    assert run("compare", cut, whole, "--resamples", "200").returncode == 0
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    a, b = (write(tmp_path / f"{seed}.json", make_items(seed=seed)) for seed in (1, 2))
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as closed:
+        done = subprocess.run([sys.executable, ROOT / "bootstrap.py", "compare", a, b, "--resamples", "200"],
+                              stdout=closed, stderr=subprocess.PIPE)
+    assert done.returncode == 0 and not done.stderr
 
 
 def test_seeds_refuses_other_clips_and_a_process_exits_with_two(tmp_path):

@@ -1,8 +1,10 @@
 """plots.py from files alone: a whole study, a half-finished one, and none. Runs are made up, so values are known."""
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -29,7 +31,7 @@ def scores(level, **more):
 
 def results(home, level, seed, gates, parameters=250_000, rerank=False, **more):
     """What evaluate.py caption leaves: result.json, run_card.json, predictions.json, reranked or not."""
-    result = scores(level + (0.03 if rerank else 0), n=320, train_seconds=90.0 + seed, gates=gates,
+    result = scores(level + (0.03 if rerank else 0), n=320, split="test", train_seconds=90.0 + seed, gates=gates,
                     trainable_parameters=parameters, validation={"val_spider_lite": level + 0.01}, **more)
     if rerank:
         oracle, other = ({k: v for k, v in scores(x).items() if k in ("cider_d", "spice_lite", "spider_lite")}
@@ -278,3 +280,39 @@ def test_spider_only_where_spice_ran_everywhere(tmp_path):
 def test_no_runs_is_one_line(tmp_path):
     done = python(ROOT / "plots.py", tmp_path, check=False)
     assert done.returncode == 2 and "no runs there" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_only_the_test_split_is_in_tables(tmp_path):
+    """A validation result, or one that names no split, is left out by name; so is its copy in a folder beside."""
+    for k, split in enumerate(("test", "val", None)):
+        home = fake_run(tmp_path, f"core/additive_s{k}", "additive", k)
+        result = json.loads((home / "result.json").read_text())
+        write(home / "result.json", {**result, "split": split})
+        write(home / "val/result.json", {**result, "split": "val", "spider_lite": 9.0})
+    fake_run(tmp_path, "core/concat_s0", "concat", 0)
+    report = plots.report(tmp_path)
+    assert row(report, "T1", "additive")[1:6] == ["1", "320", "1.248", "0.390", "0.780"]
+    assert row(report, "T1", "additive")[-1] == "`core/additive_s0`" and "9.0" not in report
+    assert row(report, "Targets", "AudioCaps SPIDEr, XE")[3:] == ["0.780", "`core/additive_s0`"]
+    left_out = report.split("**Left out**")[1].split("\n")[0]
+    assert left_out.endswith("not of the test split: core/additive_s1, core/additive_s2")
+    assert "Not finished" not in report
+    fake_run(tmp_path, "core/unfreeze_s0", "unfreeze", 0, done=False)
+    assert "**Not finished** (1 of 5 runs): core/unfreeze_s0" in plots.report(tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "TkAgg", "nonsense"])
+def test_any_backend(tmp_path, backend):
+    fake_run(tmp_path, "core/additive_s0", "additive", 0)
+    python(ROOT / "plots.py", tmp_path, env={**os.environ, "MPLBACKEND": backend})
+    for kind, start in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
+        assert (tmp_path / f"figures/curves.{kind}").read_bytes().startswith(start)
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    fake_run(tmp_path, "core/additive_s0", "additive", 0)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as closed:
+        done = subprocess.run([sys.executable, ROOT / "plots.py", tmp_path], stdout=closed, stderr=subprocess.PIPE)
+    assert done.returncode == 0 and not done.stderr and (tmp_path / "REPORT.md").exists()
