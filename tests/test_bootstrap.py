@@ -48,6 +48,11 @@ def bleu_stats(pairs):
     return np.array(rows, float), corpus, np.array(items).T
 
 
+def meteor_of(lines):
+    """METEOR of n SCORE lines: (..., n, 23) → (...)."""
+    return bootstrap.meteor(bootstrap.without_single_chunks(lines).sum(-2))
+
+
 def meteor_stats(n, rng, shift=0.):
     """n x 2 plausible SCORE lines of two systems equally good up to `shift`, alike on each item: (n, 2, 23)."""
     length = rng.integers(5, 15, (n, 2, 2))
@@ -121,8 +126,8 @@ def test_meteor_equals_the_jar():
     expected = np.array(out.split(), float)
     table = np.array([row.split() for row in stats], float)
     assert table.shape == (len(pairs), 23) and len(expected) == len(pairs) + 1
-    assert np.abs(bootstrap.meteor_from_stats(table[:, None]) - expected[:-1]).max() < 1e-12
-    assert abs(bootstrap.meteor_from_stats(table) - expected[-1]) < 1e-12
+    assert np.abs(meteor_of(table[:, None]) - expected[:-1]).max() < 1e-12
+    assert abs(meteor_of(table) - expected[-1]) < 1e-12
     assert abs(through_files(meteor=table)["meteor"] - expected[-1]) < 1e-12
     assert expected[-4] == 1 and expected[-3] == expected[-2] == 0  # the three made-up pairs
     assert abs(expected[:-1].mean() - expected[-1]) > 1e-4  # the corpus score is no mean of items
@@ -131,17 +136,17 @@ def test_meteor_equals_the_jar():
 def test_bleu_equals_pycocoevalcap():
     pairs = captions(300) + [("dog", ["a dog"]), ("a very long caption of a dog " * 3, ["a dog"])]
     stats, corpus, items = bleu_stats(pairs)
-    assert np.abs(bootstrap.bleu_from_stats(stats) - corpus).max() < 1e-12
-    assert np.abs(bootstrap.bleu_from_stats(stats[:, None]) - items).max() < 1e-12
+    assert np.abs(bootstrap.bleu(stats.sum(0)) - corpus).max() < 1e-12
+    assert np.abs(bootstrap.bleu(stats) - items).max() < 1e-12
     assert list(through_files(bleu=stats).values()) == pytest.approx(corpus, abs=1e-12)
 
 
 def test_statistics_keep_leading_shapes():
     stats = meteor_stats(12, np.random.default_rng(0))
-    both = bootstrap.meteor_from_stats(stats.swapaxes(0, 1))
-    assert both.tolist() == [bootstrap.meteor_from_stats(stats[:, k]) for k in (0, 1)]
-    assert bootstrap.meteor_from_stats(np.zeros((2, 3, 23))).tolist() == [0, 0]
-    assert not bootstrap.bleu_from_stats(np.zeros((2, 3, 10))).any()
+    both = meteor_of(stats.swapaxes(0, 1))
+    assert both.tolist() == [meteor_of(stats[:, k]) for k in (0, 1)]
+    assert meteor_of(np.zeros((2, 3, 23))).tolist() == [0, 0]
+    assert not bootstrap.bleu(np.zeros((2, 10))).any()
 
 
 # ---- identities
@@ -270,7 +275,7 @@ def test_type_one_error_is_five_percent(metric, draw):
 
 def test_intervals_cover_a_difference_that_is_not_zero():
     rng = np.random.default_rng(5)
-    truth = bootstrap.meteor_from_stats(meteor_stats(400_000, rng, .2).swapaxes(0, 1)) @ [1, -1]
+    truth = meteor_of(meteor_stats(400_000, rng, .2).swapaxes(0, 1)) @ [1, -1]
     assert truth > .03
     found = experiments(lambda n, rng: meteor_stats(n, rng, .2), "meteor", times=600)
     for key in ("ci95", "bca95"):
@@ -382,7 +387,19 @@ def duplicate(items):
     items.append(items[7])
 
 
+def change_id(value):
+    return edited(lambda x: x[3].update(id=value))
+
+
 BAD = {
+    "list id": (change_id(["a", 1]), [], "item 3 of b.json has no id: give it text or an integer"),
+    "null id": (change_id(None), [], "item 3 of b.json has no id: give it text or an integer"),
+    "float id": (change_id(1.5), [], "item 3 of b.json has no id: give it text or an integer"),
+    "whole float id": (change_id(2.0), [], "item 3 of b.json has no id: give it text or an integer"),
+    "bool id": (change_id(True), [], "item 3 of b.json has no id: give it text or an integer"),
+    "1 and '1'": (edited(lambda x: [x[0].update(id=1), x[1].update(id="1")]), [], "'1' occurs more than once"),
+    "surrogate": (edited(lambda x: [x[0].update(id="\ud83d"), x[1].update(id="\ud83d")]), [],
+                  "'\ufffd' occurs more than once"),
     "no file": (None, [], "cannot read"),
     "not JSON": ("[{", [], "not JSON (Expecting"),
     "no items": ("[]", [], "holds no items"),
@@ -424,6 +441,34 @@ def test_bad_input_is_one_line(case, tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert not out and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_odd_but_readable_files_compare_as_they_are(tmp_path):
+    """A byte-order mark, half a surrogate, integers as ids and NaN under a key of somebody else change no number."""
+    items = make_items(seed=1)
+    plain = write(tmp_path / "plain.json", [{**item, "id": str(i)} for i, item in enumerate(items)])
+    odd = [{**item, "id": i, "prediction": "a dog \ud83d", "logit": float("nan")} for i, item in enumerate(items)]
+    (tmp_path / "odd.json").write_text(json.dumps({"n": 60, "items": odd}), encoding="utf-8-sig")
+    other = write(tmp_path / "other.json", [{**item, "id": i} for i, item in enumerate(make_items(seed=2))])
+    results = []
+    for name in (plain, tmp_path / "odd.json"):
+        done = run("compare", name, other, "--resamples", "200", "--json", tmp_path / "out.json")
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        results.append(json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)["metrics"])
+    assert results[0] == results[1]
+    cut = write(tmp_path / "cut.json", make_items(seed=1, refs=("a dog \ud83d",)))
+    whole = write(tmp_path / "whole.json", make_items(seed=2, refs=("a dog \ufffd",)))
+    assert run("compare", cut, whole, "--resamples", "200").returncode == 0
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    a, b = (write(tmp_path / f"{seed}.json", make_items(seed=seed)) for seed in (1, 2))
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as closed:
+        done = subprocess.run([sys.executable, ROOT / "bootstrap.py", "compare", a, b, "--resamples", "200"],
+                              stdout=closed, stderr=subprocess.PIPE)
+    assert done.returncode == 0 and not done.stderr
 
 
 def test_seeds_refuses_other_clips_and_a_process_exits_with_two(tmp_path):

@@ -1,9 +1,12 @@
 """plots.py from files alone: a whole study, a half-finished one, and none. Runs are made up, so values are known."""
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, python
@@ -28,7 +31,7 @@ def scores(level, **more):
 
 def results(home, level, seed, gates, parameters=250_000, rerank=False, **more):
     """What evaluate.py caption leaves: result.json, run_card.json, predictions.json, reranked or not."""
-    result = scores(level + (0.03 if rerank else 0), n=320, train_seconds=90.0 + seed, gates=gates,
+    result = scores(level + (0.03 if rerank else 0), n=320, split="test", train_seconds=90.0 + seed, gates=gates,
                     trainable_parameters=parameters, validation={"val_spider_lite": level + 0.01}, **more)
     if rerank:
         oracle, other = ({k: v for k, v in scores(x).items() if k in ("cider_d", "spice_lite", "spider_lite")}
@@ -109,7 +112,7 @@ def study(folder):
                 fake_run(folder, f"clotho/{system}_init_s{seed}", system, seed, dataset="clotho", init=str(home))
         home = fake_run(folder, f"video/video_s{seed}", "additive", seed, dataset="av", modality="video")
         results(home / "shuffled", 0.2, seed, {}, hear="shuffled")
-    # phase 0's, of which no table tells
+    # phase 0 is in no table
     write(folder / "sanity/overfit/config.json", {**FLAGS, "fusion": "additive", "seed": 0, "steps": 72})
     fake_run(folder, "ablation/layers_3_s0", "additive", 0, 0.7, layers=[3], steps=160)
     fake_run(folder, "ablation/layers_6_s0", "additive", 0, 0.6, layers=[6], steps=160)
@@ -182,7 +185,7 @@ def test_systems_are_compared_by_the_first_beam(whole):
     assert row(whole[1], "T2", "additive", "AudioCaps checkpoint")[-1] == "`clotho/additive_init_s{0,1}`"
     assert row(whole[1], "T3 Reranker", "additive", "core", "reranked")[7] == "0.820 ± 0.014"
     assert row(whole[1], "T3 Reranker", "additive", "core", "reranked")[11] == "0.030 ± 0.000"
-    wrong = row(whole[1], "T3 Reranker", "additive", "core", "by another clip's sound")
+    wrong = row(whole[1], "T3 Reranker", "additive", "core", "reranked with another clip's audio")
     assert wrong[7:9] == ["0.800 ± 0.014", "-"] and wrong[11] == "0.010 ± 0.000"
     assert row(whole[1], "Targets", "reranker's gain in SPIDEr")[1:4] == ["≥ 0.02", "spider_lite", "0.030 ± 0.000"]
     assert row(whole[1], "Targets", "AudioCaps SPIDEr, XE + SCST")[3] == "0.840 ± 0.014"
@@ -196,7 +199,7 @@ def test_a_run_that_two_tables_need_is_in_both(whole):
         assert row(report, title, *cells, "320")[-1] == "`core/additive_s{0,1}`"
     for title, *cells in (("T3 Layers", "additive", "3 6"), ("Gate reg", "additive", "0.0001")):
         assert row(report, title, *cells, "160")[-1] == "`ablation/additive_l3-6_n16_h512_c0.1_s0`"
-    assert row(report, "T3 Layers", "additive", "3", "160")[9] == "3: 0.262"  # its gate, and its shorter schedule
+    assert row(report, "T3 Layers", "additive", "3", "160")[9] == "0.262"  # its gate, and its shorter schedule
     assert "data-only" not in report.split("## T3 Layers")[1].split("## T3 Reranker")[0]
     section = report.split("## T3 Layers")[1].split("## T3 Tokens")[0]
     assert section.count("\n| additive") == 4  # what differs in tokens too is in another family
@@ -221,8 +224,8 @@ def test_headline_is_against_the_best_baseline_on_validation(whole):
 
 def test_best_baseline_looks_at_no_test_score():
     def run(fusion, validation, test):
-        return {"phase": "core", "stage": "xe", "config": {"fusion": fusion}, "result": {
-            "spider": None, "spider_lite": test, "validation": {"val_spider_lite": validation}}}
+        return SimpleNamespace(phase="core", stage="xe", system=fusion, result={
+            "spider": None, "spider_lite": test, "validation": {"val_spider_lite": validation}})
     runs = [run("concat", 0.5, 0.9), run("cross_attention", 0.6, 0.1), run("additive", 0.9, 0.9),
             run("data_only", 0.9, 0.9), run("concat", 0.6, 0.9)]
     assert plots.best_baseline(runs) == ("cross_attention", {"concat": 0.55, "cross_attention": 0.6})
@@ -231,14 +234,13 @@ def test_best_baseline_looks_at_no_test_score():
 
 def test_video_noise_and_cost(whole):
     assert row(whole[1], "Video", "video", "video", "shuffled")[6] == "0.100 ± 0.000"
-    assert row(whole[1], "What the second", "0.0001")[3:] == ["0.60", "91.00", "90.90", "0.10", "yes", "0.5", "no",
+    assert row(whole[1], "Cost of the second", "0.0001")[3:] == ["0.60", "91.00", "90.90", "0.10", "yes", "0.5", "no",
                                                              "`video/video_s0`"]
     noise = row(whole[1], "Appendix: noise", "concatenation", "clip")
     assert noise[4:6] == ["0.460 ± 0.000", "0.393 ± 0.000"] and noise[-1] == "`core/concat_s{0,1}`"
-    assert row(whole[1], "Efficiency", "additive")[2:7] == ["250,000", "2.50 ± 0.00", "55.0 ± 0.0", "0.7 ± 0.0",
-                                                           "1.0 ± 0.0"]
-    assert row(whole[1], "T1", "additive")[-2] == "1.0 ± 0.0"  # XE does not pay for the SCST that follows
-    assert row(whole[1], "T1", "additive + SCST")[-2] == "1.5 ± 0.0"
+    costs = row(whole[1], "T1", "additive")[10:15]  # XE does not include the SCST that follows
+    assert costs == ["250,000", "1.0 ± 0.0", "0.7 ± 0.0", "55.0 ± 0.0", "2.50 ± 0.00"]
+    assert row(whole[1], "T1", "additive + SCST")[11] == "1.5 ± 0.0"
 
 
 def test_half_a_study_says_what_is_missing(tmp_path):
@@ -249,13 +251,13 @@ def test_half_a_study_says_what_is_missing(tmp_path):
     report = (tmp_path / "exp/REPORT.md").read_text()
     assert "**Not finished** (1 of 3 runs): core/concat_s0" in report and "| `core/concat_s0` | 0 |" in report
     missing = report.split("**Missing**")[1].split("\n")[0]
-    for what in ("T2 Clotho", "T3 Layers", "T5 What", "figure frontier", "Comparisons (phase 4)",
+    for what in ("T2 Clotho", "T3 Layers", "T5 VQA", "figure frontier", "Comparisons (phase 4)",
                  "figure snr (phase 5)", "partial unfreeze in core", "cross-attention in core"):
         assert what in missing
     assert "concatenation in core" not in missing and "T1" not in missing
     assert row(report, "T1", "additive")[5] == "0.790 ± 0.014" and "| concatenation" not in report
     assert row(report, "Targets", "AudioCaps SPIDEr, XE + SCST")[3:] == ["missing", "-"]
-    assert {f.stem for f in (tmp_path / "exp/figures").glob("*.png")} == {"curves", "gates", "gates_by_layer", "pareto"}
+    assert {f.stem for f in (tmp_path / "exp/figures").glob("*.png")} == {"curves", "gates", "pareto"}
 
 
 def test_only_started_runs(tmp_path):
@@ -278,3 +280,39 @@ def test_spider_only_where_spice_ran_everywhere(tmp_path):
 def test_no_runs_is_one_line(tmp_path):
     done = python(ROOT / "plots.py", tmp_path, check=False)
     assert done.returncode == 2 and "no runs there" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_only_the_test_split_is_in_tables(tmp_path):
+    """A validation result, or one that names no split, is left out by name; so is its copy in a folder beside."""
+    for k, split in enumerate(("test", "val", None)):
+        home = fake_run(tmp_path, f"core/additive_s{k}", "additive", k)
+        result = json.loads((home / "result.json").read_text())
+        write(home / "result.json", {**result, "split": split})
+        write(home / "val/result.json", {**result, "split": "val", "spider_lite": 9.0})
+    fake_run(tmp_path, "core/concat_s0", "concat", 0)
+    report = plots.report(tmp_path)
+    assert row(report, "T1", "additive")[1:6] == ["1", "320", "1.248", "0.390", "0.780"]
+    assert row(report, "T1", "additive")[-1] == "`core/additive_s0`" and "9.0" not in report
+    assert row(report, "Targets", "AudioCaps SPIDEr, XE")[3:] == ["0.780", "`core/additive_s0`"]
+    left_out = report.split("**Left out**")[1].split("\n")[0]
+    assert left_out.endswith("not of the test split: core/additive_s1, core/additive_s2")
+    assert "Not finished" not in report
+    fake_run(tmp_path, "core/unfreeze_s0", "unfreeze", 0, done=False)
+    assert "**Not finished** (1 of 5 runs): core/unfreeze_s0" in plots.report(tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "TkAgg", "nonsense"])
+def test_any_backend(tmp_path, backend):
+    fake_run(tmp_path, "core/additive_s0", "additive", 0)
+    python(ROOT / "plots.py", tmp_path, env={**os.environ, "MPLBACKEND": backend})
+    for kind, start in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
+        assert (tmp_path / f"figures/curves.{kind}").read_bytes().startswith(start)
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    fake_run(tmp_path, "core/additive_s0", "additive", 0)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as closed:
+        done = subprocess.run([sys.executable, ROOT / "plots.py", tmp_path], stdout=closed, stderr=subprocess.PIPE)
+    assert done.returncode == 0 and not done.stderr and (tmp_path / "REPORT.md").exists()
