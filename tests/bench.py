@@ -26,6 +26,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import data  # noqa: E402  first of the repository: it makes torchaudio importable
+import bench7b  # noqa: E402
 import evaluate  # noqa: E402
 import fusion as fusions  # noqa: E402
 import scst  # noqa: E402
@@ -127,11 +128,12 @@ def bench_scst(table, world):
     for name, layers in world.layers.items():
         xe = world.additive(layers)
         own = ScstStep(xe.model, world.clips)
-        own.reward = Metered(own.reward, table)
+        reward = Metered(own.reward.score_many, table)
+        own.reward.score_many = reward
         sampling = Metered(scst.sample_tree, table)
         with mock.patch.object(scst, "sample_tree", sampling):
             own()
-            own.reward.spent = sampling.spent = 0.0
+            reward.spent = sampling.spent = 0.0
             a, b = table.in_turn(own, xe, warm=False)
         # samples pass all L layers to be drawn, and the head there and back; a caption the head alone
         L, k = world.depth, layers[0]
@@ -140,7 +142,7 @@ def bench_scst(table, world):
         table.row(f"{name}, SCST step over XE step, nothing shared", statistics.median(a) * 1e3,
                   statistics.median(b) * 1e3, "ms", ratio(b, a), note=f"{bound:.1f} by layers and positions")
         total = sum(a)
-        for part, meter, target in (("reward", own.reward, 0.05), ("sampling", sampling, None)):
+        for part, meter, target in (("reward", reward, 0.05), ("sampling", sampling, None)):
             table.row(f"{name}, {part} in an SCST step", meter.spent / len(a) * 1e3, total / len(a) * 1e3, "ms",
                       meter.spent / total, target=target, at_most=True)
     if not table.args.runs:
@@ -419,17 +421,14 @@ def tokenise_again():
 # ---------------------------------------------------------------- LLaVA-1.5-7B: bench7b.py
 
 def bench_7b(table, world):
-    import bench7b
     bench7b.timed(table)
 
 
 def bench_memory7b(table, world):
-    import bench7b
     bench7b.memory(table)
 
 
 def bench_time7b(table, world):
-    import bench7b
     bench7b.operations(table)
 
 

@@ -5,11 +5,11 @@ Shapes: B clips, P prompt positions, T caption positions, D decoder width, N mod
 """
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402  first: it makes torchaudio importable
 import fusion as fusions  # noqa: E402
+import scst  # noqa: E402
 import train  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -135,11 +135,14 @@ class Step:
     def __call__(self):
         train.optimizer_step(self.model, [self.batch()], train.xe_loss, self.optimizer, 1.0, self.args)
 
+    def backward(self):
+        self.loss().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def flops(self):
         """Floating-point operations of the matrix products, forward and backward."""
         with FlopCounterMode(display=False) as counter:
-            self.loss().backward()
-        self.optimizer.zero_grad(set_to_none=True)
+            self.backward()
         return counter.get_total_flops()
 
     def saved(self):
@@ -168,15 +171,19 @@ class ScstStep:
         self.model, self.clips, self.limit, self.seed = model, list(range(clips)), limit, 0
         self.args = training_args(backbone.device, "--scst-samples", str(samples))
         self.optimizer = train.make_optimizer(model, self.args, "scst")
-        self.reward = reward
-        if reward is None:
-            captions = [SimpleNamespace(references=[caption]) for caption in backbone.captions[:clips]]
-            self.reward = train.Reward(captions, "cider_d")
+        self.references = [[scst.words(caption)] for caption in backbone.captions[:clips]]
+        self.reward = reward or scst.CiderD(self.references, end=True)
+
+    def batch(self):
+        self.seed += 1
+        return train.ClipBatch(self.clips, self.references, self.seed, self.limit, 1)
 
     def loss(self, model, batch, args):
         return train.scst_loss(model, batch, self.reward, args)
 
+    def backward(self):
+        self.loss(self.model, self.batch(), self.args)[0].backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def __call__(self):
-        self.seed += 1
-        batch = train.ClipBatch(self.clips, self.seed, self.limit, 1)
-        train.optimizer_step(self.model, [batch], self.loss, self.optimizer, 1.0, self.args)
+        train.optimizer_step(self.model, [self.batch()], self.loss, self.optimizer, 1.0, self.args)
