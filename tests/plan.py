@@ -1,0 +1,125 @@
+"""GPU-hours and disk of `SCALE=full bash run_all.sh`, phase by phase, before anything is spent.
+
+    DRY=1 SCALE=full bash run_all.sh | python tests/plan.py              # at 40% of an H100's 989 TFLOP/s
+    DRY=1 SCALE=full bash run_all.sh | python tests/plan.py --rate 120   # TFLOP/s reached
+
+Reads the commands of a dry run. Costs are operations of LLaVA-1.5-7B's matrix products, counted once by
+`python tests/bench.py time7b`, times what each command does at most: all steps, no early stop. Left out: loading,
+the encoders, Java. Decoding is limited by memory more than by operations, and takes longer than this.
+"""
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import evaluate  # noqa: E402
+import train  # noqa: E402
+
+PROMPT = 16             # positions of the prompt
+CAPTION = 14            # tokens of a caption, with the end token
+QUESTION = 576 + 40     # positions of a question about an image, 576 of them the image's
+ANSWER = 24             # tokens of an answer at most
+WIDTH, FRAMES, ENCODER_WIDTH = 4096, 32, 768
+
+# TFLOP, from `python tests/bench.py time7b`
+TERAFLOP = {
+    # system and its first layer: an XE step, SCST's pass through the tree of 5 samples; a clip
+    "training": {
+        ("additive", 12): (0, 0), ("additive", 24): (0, 0), ("cross_attention", 12): (0, 0),
+        ("cross_attention", 24): (0, 0), ("concat", 12): (0, 0), ("unfreeze", 12): (0, 0),
+        ("data_only", 12): (0, 0)},
+    "drawing": 0,       # 5 samples of a clip
+    "caption": 0,       # a clip, beam 5, scored once more
+    "question": 0,      # about an image: an answer, and the likelihood of the right one
+    "trunk": 0,         # a position through one block
+}
+# clips of the released splits; of the audio-visual set, which people bring themselves, a guess
+CLIPS = {"audiocaps": {"train": 49838, "val": 495, "test": 975},
+         "clotho": {"train": 3839, "val": 1045, "test": 1045},
+         "av": {"train": 10000, "val": 1000, "test": 1000}}
+REFERENCES = {"audiocaps": 1, "clotho": 5, "av": 1}   # of a training clip
+CONDITIONS = 7          # of the retention probe
+
+
+def training_cost(args):
+    """TFLOP of a train.py command at most."""
+    clips = CLIPS[args.dataset]
+    xe, tree = TERAFLOP["training"][args.fusion, min(args.layers)]
+    train_clips = min(args.limit, clips["train"]) or clips["train"]
+    captions = train_clips * REFERENCES[args.dataset]
+    total = captions * (PROMPT + CAPTION) * min(args.layers) * TERAFLOP["trunk"]
+    total += args.steps * args.batch_size * xe
+    steps = args.steps
+    if args.scst != "off":
+        total += args.scst_steps * args.batch_size * (TERAFLOP["drawing"] + tree)
+        steps += args.scst_steps
+    every = args.eval_every or max(1, train_clips // args.batch_size)
+    return total + steps // every * clips["val"] * greedy()
+
+
+def greedy():
+    """TFLOP of a greedy caption: one beam of five."""
+    return TERAFLOP["caption"] / 5
+
+
+def evaluation_cost(args, dataset):
+    """TFLOP of an evaluate.py command, for its runs on this dataset."""
+    clips = CLIPS[dataset]
+    if args.command == "caption":
+        decoded = clips[args.split] * len(args.hear)
+        if args.rerank:  # five samples too; the weights are fitted on validation
+            decoded = 2 * (decoded + clips["val"])
+        cost = decoded * TERAFLOP["caption"]
+    elif args.command == "retention":
+        cost = CONDITIONS * args.limit * TERAFLOP["question"]
+    elif args.command == "robustness":
+        cost = (1 + len(args.snr) * len(args.noise)) * clips["test"] * greedy()
+    elif args.command == "again":
+        cost = 2 * CLIPS["audiocaps"]["test"] * TERAFLOP["caption"]
+    else:
+        return 0.0
+    return cost * len(args.runs)
+
+
+def cost(line):
+    """TFLOP of one line of a dry run; 0 for what needs no model."""
+    words = shlex.split(line, comments=True)
+    if "train.py" in words:
+        return training_cost(train.parse_args(words[words.index("train.py") + 1:]))
+    if "evaluate.py" in words:
+        args = evaluate.parse_args(words[words.index("evaluate.py") + 1:])
+        names = " ".join(getattr(args, "runs", []))
+        dataset = "clotho" if "/clotho/" in names else "av" if "/video/" in names else "audiocaps"
+        return evaluation_cost(args, dataset)
+    return 0.0
+
+
+def disk():
+    """{what: GB}: caches of the full scale."""
+    clips = sum(CLIPS["audiocaps"].values())
+    captions = CLIPS["audiocaps"]["train"]
+    return {
+        "AudioCaps' features, once": clips * FRAMES * ENCODER_WIDTH * 2 / 1e9,
+        "AudioCaps' trunk states, while a run trains": captions * CAPTION * WIDTH * 2 / 1e9}
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--rate", type=float, default=0.4 * 989, help="TFLOP/s that are reached; default: 40%% of 989")
+    args = p.parse_args(argv)
+    phase, phases = "", {}
+    for line in sys.stdin:
+        if line.startswith("# phase "):
+            phase = line.split(":")[0].removeprefix("# ")
+        phases[phase] = phases.get(phase, 0.0) + cost(line)
+    phases["all"] = sum(phases.values())
+    for name, value in phases.items():
+        if value:
+            print(f"# {name}: {value / args.rate / 3600:.1f} GPU-hours at {args.rate:.0f} TFLOP/s, at most")
+    for what, gigabytes in disk().items():
+        print(f"# disk: {gigabytes:.1f} GB for {what}")
+
+
+if __name__ == "__main__":
+    main()
