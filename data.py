@@ -16,7 +16,6 @@ except OSError:
     sys.modules["torchaudio._extension.utils"]._load_lib = lambda lib: False
     import torchaudio
 
-import collections
 import contextlib
 import csv
 import difflib
@@ -48,12 +47,15 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 MAX_SECONDS = 600  # of one clip; longer clips are cut
-MEDIA = set(".wav .flac .mp3 .ogg .oga .opus .m4a .aac .wma .aif .aiff .au "
-            ".mp4 .m4v .mkv .mka .webm .mov .avi .wmv .flv .mpg .mpeg .3gp".split())
+MEDIA = (".wav .flac .mp3 .ogg .oga .opus .m4a .aac .wma .aif .aiff .au "
+            ".mp4 .m4v .mkv .mka .webm .mov .avi .wmv .flv .mpg .mpeg .3gp").split()
 CLOTHO = {"train": "development", "val": "validation", "test": "evaluation"}
-FOLDERS = {"train", "val", "test", *CLOTHO.values(), "analysis"}  # words in the names of folders of one split
+FOLDERS = {"train": "train", "development": "train", "dev": "train", "val": "val", "validation": "val",
+           "test": "test", "evaluation": "test", "eval": "test"}  # words in the names of a split's folders
+DCASE = {"test": "DCASE", "analysis": "DCASE"}  # with Clotho these hold other recordings
 UNSAFE = r"""[<>:"/\\|?*'‘’“”\u29f8\uf000-\uf0ff\x00-\x1f]"""  # what file systems and unpackers replace
 CACHE_FORMAT = {"audio": 1, "video": 2}  # raise it when decoding, windows or pooling change
+_print_once = functools.lru_cache(maxsize=None)(print)  # a clip is decoded more than once
 
 
 class InputError(ValueError):
@@ -124,11 +126,11 @@ def read_split(dataset, root, split):
     could be either of two files, and when no clip has a file."""
     if dataset not in ("audiocaps", "clotho", "av") or split not in CLOTHO:
         raise InputError(f"{dataset} {split}: choose audiocaps, clotho or av and train, val or test")
-    root, own = Path(root), CLOTHO[split] if dataset == "clotho" else split
-    table = root / (f"clotho_captions_{own}.csv" if dataset == "clotho" else f"{own}.csv")
+    root = Path(root)
+    table = root / (f"clotho_captions_{CLOTHO[split]}.csv" if dataset == "clotho" else f"{split}.csv")
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the one that holds {table.name}")
-    files = _walk(root)
+    files = _walk(root, FOLDERS | DCASE if dataset == "clotho" else FOLDERS)
     tables = [path for path in files if path.name == table.name]
     if tables and table not in tables:
         table, *others = tables
@@ -136,7 +138,7 @@ def read_split(dataset, root, split):
             if not filecmp.cmp(table, other, shallow=False):
                 raise InputError(f"{root}: holds two tables, {table} and {other}; give a folder with one of "
                                  "them, or move one away")
-    clips = (_audiocaps if dataset == "audiocaps" else _named_files)(table, files, own)
+    clips = (_audiocaps if dataset == "audiocaps" else _named_files)(table, files, split)
     missing = [clip.id for clip in clips if not clip.path]
     if 10 * len(missing) > len(clips):
         media = [path for path in files if _stem(path.name)[1]]
@@ -151,10 +153,11 @@ def read_split(dataset, root, split):
     return Split(split, [clip for clip in clips if clip.path], missing)
 
 
-def _walk(root):
-    """{path: the split that its folders' names say, or None} of the files in `root` and below, nearest first.
+def _walk(root, words):
+    """{path: split} of the files in `root` and below; split: the one that the deepest folder's name says, or None.
 
-    Links to folders are followed. Loops are not: no folder is read inside itself, or more than three times."""
+    words: {word in a folder's name: split}. Links to folders are followed. Loops are not: no folder is read
+    inside itself, or more than three times."""
     files, visits, queue = {}, {}, [(root, None, ())]
     for folder, split, above in queue:
         stat = os.stat(folder)
@@ -167,8 +170,8 @@ def _walk(root):
             if os.path.isfile(path) and not name.startswith("._"):  # macOS keeps notes in such files
                 files[path] = split
             elif os.path.isdir(path) and name[0] != "." and name not in ("__MACOSX", "@eaDir"):
-                words = FOLDERS & set(re.findall("[a-z]+", name.lower()))
-                queue.append((path, words.pop() if len(words) == 1 else split, (*above, key)))
+                splits = {words[word] for word in re.findall("[a-z]+", name.lower()) if word in words}
+                queue.append((path, splits.pop() if len(splits) == 1 else split, (*above, key)))
     return files
 
 
@@ -193,12 +196,21 @@ def _match(wanted, files):
     return matches
 
 
-def _audiocaps(table, files, own):
+def _choose(table, name, copies, rank):
+    """The copy with the lowest rank. Raises InputError if another one has that rank and other bytes."""
+    first, *others = sorted(copies, key=lambda path: (rank(path), path))
+    for other in others:
+        if rank(other) == rank(first) and not (os.path.samefile(first, other) or filecmp.cmp(first, other, False)):
+            raise InputError(f"{table}: {name} could be {first} or {other}; move one of them away")
+    return first
+
+
+def _audiocaps(table, files, split):
     """Clips of an AudioCaps table; path is None if no file has one of the usual names.
 
     These are youtube_id_start and youtube_id_start_end in seconds or milliseconds; youtube_id, if the table
     has it once; the same with a Y before it; and audiocap_id."""
-    clips, numbers, starts = {}, set(), collections.Counter()
+    clips, numbers, starts = {}, set(), {}
     for location, row in _rows(table, {"audiocap_id", "youtube_id", "start_time", "caption"}):
         number, video, time = row["audiocap_id"], _inside(location, row["youtube_id"]), row["start_time"]
         if number in numbers:
@@ -206,9 +218,8 @@ def _audiocaps(table, files, own):
         if not re.fullmatch(r"\d{1,5}(\.\d{1,3})?", time):
             raise InputError(f"{location}: start_time {time[:40]!r} is not a number of seconds")
         numbers.add(number)
-        clip = video, float(time)
-        starts[video] += clip not in clips
-        _, references, ids = clips.setdefault(clip, (location, [], []))
+        starts.setdefault(video, set()).add(float(time))
+        _, references, ids = clips.setdefault((video, float(time)), (location, [], []))
         references += filter(None, [_clean(location, row["caption"])])
         ids.append((number.removesuffix(".0"), None))
     wanted = {}
@@ -216,15 +227,18 @@ def _audiocaps(table, files, own):
         if not references:
             raise InputError(f"{location}: clip {video} has no caption")
         other = f"Y{video}"
-        bare = [(video, None), (other, None)] if starts[video] == 1 else []
+        bare = [(video, None), (other, None)] if len(starts[video]) == 1 else []
         milliseconds = [(video, 1000 * start), (other, 1000 * start)]
         wanted[video, start] = [[(video, start)], [(other, start)], milliseconds, bare, ids]
-    matches = _match(wanted, {path: _clip_keys(path.name, files[path] in (own, None)) for path in files})
+    matches = _match(wanted, {path: _clip_keys(path.name, files[path] in (split, None)) for path in files})
+
+    def rank(path):  # one in a folder named after the split is preferred, then sound
+        return files[path] != split, MEDIA.index(_stem(path.name)[1])
+
     out = []
     for (video, start), (_, references, _) in clips.items():
-        copies = matches.get((video, start), [])  # one in a folder named after the split is preferred
-        path = min(copies, key=lambda path: (files[path] != own, path), default=None)
-        out.append(Clip(f"{video}_{start:g}", path, references))
+        id, copies = f"{video}_{start:g}", matches.get((video, start))
+        out.append(Clip(id, _choose(table, id, copies, rank) if copies else None, references))
     return out
 
 
@@ -241,7 +255,7 @@ def _clip_keys(name, bare):
     return keys if suffix else []
 
 
-def _named_files(table, files, own):
+def _named_files(table, files, split):
     """Clips of a table with file_name and either caption_1, caption_2, … or question and answer."""
     clips, questions = [], {}
     for location, row in _rows(table, {"file_name", "caption_1"}, {"file_name", "question", "answer"}):
@@ -258,35 +272,32 @@ def _named_files(table, files, own):
         earlier.append(question)
         number = f"#{len(earlier)}" if len(earlier) > 1 else ""  # several questions about one clip
         clips.append((name, name + number, references, question))
-    paths = _locate(questions, table, files, own)
+    paths = _locate(questions, table, files, split)
     return [Clip(id, paths.get(name), *rest) for name, id, *rest in clips]
 
 
-def _locate(names, table, files, own):
+def _locate(names, table, files, split):
     """{name: path} for the names in a table: the file as named, else the one that a person would say it is."""
     wanted, keys, depths = {}, {}, {0}
     for name in names:
         *parents, base = re.split(r"[/\\]+", name)
-        loose = _name_keys(base)[:4 if re.search(UNSAFE, base) else 3]
-        exact = [table.parent / folder / name for folder in ("videos", own, "")]
-        wanted[name] = [exact] + [[(*parents, key)] for key in loose] + [[(key,)] for key in loose]
-        wanted[name] += [[]] * (9 - len(wanted[name]))
         depths.add(len(parents))
-    for path, split in files.items():
+        loose = _name_keys(base)
+        if not re.search(UNSAFE, base):
+            loose[3] = None
+        exact = [table.parent / folder / name for folder in ("videos", CLOTHO[split], split, "")]
+        wanted[name] = [exact] + [[(*parents, key)] for key in loose] + [[(key,)] for key in loose]
+    for path in files:
         keys[path] = [path]
-        if split in (own, None):
+        if files[path] in (split, None):
             loose = {key for spelling in _spellings(path.name) for key in _name_keys(spelling)}
             keys[path] += [(*path.parts[-1 - depth:-1], key) for depth in depths for key in loose]
     paths = {}
     for name, copies in _match(wanted, keys).items():
         exact = wanted[name][0]
-        ranks = {path: (exact.index(path) if path in exact else 3, files[path] != own, path.name != name)
-                 for path in sorted(copies)}
-        first, *others = [path for path in ranks if ranks[path] == min(ranks.values())]
-        for other in others:
-            if not filecmp.cmp(first, other, shallow=False):
-                raise InputError(f"{table}: {name} could be {first} or {other}; move one of them away")
-        paths[name] = first
+        ranks = {path: (exact.index(path) if path in exact else 4, files[path] != split, path.name != name)
+                 for path in copies}
+        paths[name] = _choose(table, name, copies, ranks.get)
     return paths
 
 
@@ -309,8 +320,10 @@ def _spellings(name):
     """A name on disk, and what it was before it was unpacked with a wrong encoding."""
     names = {name, re.sub("#U([0-9a-f]{4})", lambda match: chr(int(match[1], 16)), name)}
     for encoding in ("cp437", "cp1252", "latin-1"):
-        names.add(os.fsencode(name).decode(encoding, "replace"))
-        names.add(name.encode(encoding, "replace").decode(errors="replace"))
+        with contextlib.suppress(UnicodeError):
+            names.add(os.fsencode(name).decode(encoding))
+        with contextlib.suppress(UnicodeError):
+            names.add(name.encode(encoding).decode())
     return names
 
 
@@ -509,11 +522,6 @@ def _mono(path, frames, limit):
         raise InputError(f"{path}: its channels or sample format cannot be converted") from None
     mono = [block.to_ndarray().reshape(-1, block.layout.nb_channels).mean(1) for block in blocks]
     return torch.from_numpy(np.concatenate(mono)) if mono else torch.zeros(0)
-
-
-@functools.lru_cache(maxsize=None)
-def _print_once(text):
-    print(text, flush=True)
 
 
 def decode_video(path, frames):

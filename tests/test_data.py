@@ -727,6 +727,8 @@ def test_audiocaps_as_audiocaps_download_lays_it_out(tmp_path):
     put(tmp_path, "train/7.ogg", "train/8.ogg", "test/7.ogg", "val/8.ogg")
     split = read_split("audiocaps", tmp_path, "test")
     assert [clip.path for clip in split.clips] == [tmp_path / "test/7.ogg"] and split.missing == ["abd_0"]
+    (tmp_path / "test").rename(tmp_path / "audio of evaluation")
+    assert len(read_split("audiocaps", tmp_path, "test").clips) == 1
 
 
 @pytest.mark.parametrize("table, audio", [
@@ -753,6 +755,11 @@ def test_two_tables_or_two_files_are_named_both(tmp_path):
     put(tmp_path / "c", "a.mp3", "a.flac")
     with pytest.raises(InputError, match="a.wav could be .*a.flac or .*a.mp3"):
         read_split("clotho", tmp_path / "c", "test")
+    root = audiocaps(tmp_path / "d", "1,v,30,x\n", ["audio/v_30.wav", "videos/v_30.mp4", "copy/v_30.wav"])
+    assert read_split("audiocaps", root, "test").clips[0].path == root / "audio/v_30.wav"  # equal copies
+    put(root, "copy/v_30.wav")
+    with pytest.raises(InputError, match="v_30 could be .*audio/v_30.wav or .*copy/v_30.wav"):
+        read_split("audiocaps", root, "test")
     put(tmp_path / "c", "evaluation/a.ogg")  # its folder decides
     assert read_split("clotho", tmp_path / "c", "test").clips[0].path.name == "a.ogg"
 
