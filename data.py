@@ -9,13 +9,15 @@ space that sound and text share, F pictures of a video.
 """
 try:
     import torchaudio
-except OSError:
-    # torchaudio's wheel links CUDA. Beside a CPU-only torch its compiled half cannot be loaded, and then
-    # neither can transformers' LLaVA. Its Python half is all that we need.
+except (OSError, RuntimeError):
+    # torchaudio's wheel links CUDA. Beside a torch without CUDA (OSError) or with another version of it
+    # (RuntimeError) its compiled half cannot be loaded, and then neither can transformers' LLaVA. Its
+    # Python half is all that we need.
     import sys
     sys.modules["torchaudio._extension.utils"]._load_lib = lambda lib: False
     import torchaudio
 
+import argparse
 import contextlib
 import csv
 import difflib
@@ -869,6 +871,19 @@ def _file_hashes(split, folder, pool):
     return {id: entry[3] for id, entry in entries.items()}
 
 
+def _hash_file(path, known):
+    """[real path, size, time of change, sha256] of a file: `known` if the first three are the same."""
+    try:
+        stat = os.stat(path)
+        stamp = [os.path.realpath(path), stat.st_size, stat.st_mtime_ns]
+        if known and known[:3] == stamp:
+            return known
+        with open(path, "rb") as file:
+            return [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
+    except OSError as error:  # decoding will report it
+        return [str(path), 0, 0, error.strerror]
+
+
 # ---------------------------------------------------------------- the frozen backbone
 
 SOUND_PROMPT = "Describe the sound."
@@ -882,15 +897,16 @@ class Backbone:
     Raises InputError when it cannot be loaded or its parts do not fit together.
     """
 
-    def __init__(self, path, device):
+    def __init__(self, path, device, dtype="auto"):
         from transformers import AutoProcessor, LlavaForConditionalGeneration, logging
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.path, self.device = str(path), torch.device(device)
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        if dtype == "auto":
+            dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         try:
             self.llava = LlavaForConditionalGeneration.from_pretrained(
-                self.path, dtype=dtype, use_safetensors=True)
+                self.path, dtype=getattr(torch, dtype), use_safetensors=True)
             self.processor = AutoProcessor.from_pretrained(self.path)
         except (OSError, ValueError, KeyError) as e:
             reason = " ".join(str(e).split())[:160]
@@ -954,8 +970,8 @@ class Backbone:
         return between, eos
 
     def autocast(self):
-        if self.device.type == "cuda":
-            return torch.autocast("cuda", torch.bfloat16)
+        if self.llava.dtype == torch.bfloat16:
+            return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019  filling the template takes .2 ms
@@ -997,8 +1013,8 @@ class Backbone:
 
 
 @functools.lru_cache(maxsize=2)  # several runs in one process share their models
-def load_backbone(path, device):
-    return Backbone(path, device)
+def load_backbone(path, device, dtype="auto"):
+    return Backbone(path, device, dtype)
 
 
 @functools.lru_cache(maxsize=2)
@@ -1008,3 +1024,25 @@ def load_encoder(path, modality, device):
 
 def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usable_device(name):
+    """The name, if torch can use such a device here; as a flag's type it makes one line of an error."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here ({reason})") from None
+    return name
+
+
+def add_device_flags(parser):
+    parser.add_argument("--device", type=usable_device, default=default_device(), help="cpu, cuda or cuda:1")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"],
+                        help="of the backbone; auto: bfloat16 on a GPU, float32 on the CPU")
+
+
+def from_folder(path, folder):
+    """A path that was given in `folder`: as it is if it exists here or is absolute, else from there."""
+    there = os.path.join(folder, path)
+    return path if os.path.exists(path) or not os.path.exists(there) else there

@@ -48,6 +48,7 @@ import scst
 from fusion import Branch, attach_branches
 
 MAX_NEW_TOKENS = 40
+LOGITS_IN_MEMORY = 1 << 30  # bytes; more logits than that are made in slices
 LENGTH_PENALTY = 0.7  # a beam's log-probability is divided by length ** 0.7: tests/README.md
 
 
@@ -69,7 +70,8 @@ def decode(backbone, branches, prompts, *, beams=1, samples=0, temperature=1.0, 
         by_length.setdefault(len(encoded[text][0]), []).append(i)
     for same in by_length.values():  # prompts of one length need no padding
         batches += [same[i:i + batch_size] for i in range(0, len(same), batch_size)]
-    with torch.random.fork_rng(), backbone.autocast():
+    device = backbone.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), backbone.autocast():
         torch.manual_seed(seed)
         for clips in tqdm(batches, progress, disable=progress is None, leave=False):
             ids, slots = zip(*(encoded[prompts[i]] for i in clips))
@@ -126,12 +128,16 @@ def token_logprobs(logits, tokens):
 
 def _candidates(backbone, prompt, k, sampling, temperature):
     """[(row of the prompt, candidate)] of a batch's beams or samples."""
-    P = prompt.shape[1]
+    P, lm_head = prompt.shape[1], backbone.llava.lm_head
     rows = generate(backbone, prompt, k, sampling, temperature, top_p=0.95)
     new = rows[:, P:]                                                            # (B * k, T)
     length, ended = lengths(new, backbone.eos)
     hidden = backbone.decoder(input_ids=rows, use_cache=False).last_hidden_state[:, P - 1:-1]
-    logprobs = token_logprobs(backbone.llava.lm_head(hidden), new)
+    logprobs = []
+    n = max(1, LOGITS_IN_MEMORY // (4 * new.shape[1] * lm_head.out_features))    # rows at once
+    for h, tokens in zip(hidden.split(n), new.split(n)):
+        logprobs.append(token_logprobs(lm_head(h), tokens))
+    logprobs = torch.cat(logprobs)
     mask = torch.arange(new.shape[1], device=new.device) < length[:, None]
     mean = (logprobs * mask).sum(1) / length
     rows = zip(new.tolist(), length.tolist(), mean.tolist(), ended.tolist())
@@ -488,7 +494,7 @@ class Run:
         return self.config["scst_temperature"] if self.stage == "scst" else 1.0
 
 
-def open_run(folder, device):
+def open_run(folder, device, dtype="auto"):
     """The Run in a folder. Raises InputError where it is none, or not finished."""
     folder = Path(folder)
     home = folder.parent if folder.name == "scst" else folder
@@ -497,17 +503,19 @@ def open_run(folder, device):
     config = read_json(home / "config.json")
     if not (home / "training.json").exists():
         raise InputError(f"{home}: training has not finished; start its train.py command again")
-    backbone = data.load_backbone(config["llava"], device)
+    for key in ("llava", "encoder", "data", "cache", "beside"):  # as given where it was trained
+        config[key] = config[key] and data.from_folder(config[key], config.get("folder", "."))
+    backbone = data.load_backbone(config["llava"], device, dtype)
     fusion = fusions.load(folder, backbone.decoder).to(backbone.device).eval()
     fusion.requires_grad_(False)
-    return Run(folder, home, config, backbone, fusion, open_beside(config, device))
+    return Run(folder, home, config, backbone, fusion, open_beside(config, device, dtype))
 
 
-def open_beside(config, device):
+def open_beside(config, device, dtype="auto"):
     """The older Run whose frozen branch is attached beside a run's own, or None."""
     if not config.get("beside"):
         return None
-    older = open_run(config["beside"], device)
+    older = open_run(config["beside"], device, dtype)
     c, modality, llava = older.config, config["modality"], config["llava"]
     if c["llava"] != llava or c["modality"] == modality or c["fusion"] == "concat":
         raise InputError(f"--beside {older.folder}: {c['fusion']} for {c['modality']} on "
@@ -542,8 +550,12 @@ class Inputs:
     frames: dict          # modality -> frames (S, E), one a clip
     embeds: torch.Tensor  # (n, width), the run's own encoder's
 
-    def branches(self, fusions):
-        return [Branch(f, self.frames[f.spec.modality]) for f in fusions]
+    def branches(self, fusions, clips=None):
+        """The fusions, each with its modality's frames; clips: of these clips only, by index."""
+        branches = [Branch(f, self.frames[f.spec.modality]) for f in fusions]
+        if clips is not None:
+            branches = [Branch(b.fusion, b.frames.take(clips)) for b in branches]
+        return branches
 
 
 def load_inputs(config, split, device, beside=None):
@@ -677,7 +689,8 @@ def run_card(run, inputs, training, options, args):
     return {
         "dataset": {"name": config["dataset"], "split": args.split, "n": len(split.clips),
                     "hash": split.hash, "missing": split.missing, "bad": split.bad},
-        "backbone": config["llava"], "encoder": encoders[-1],
+        "backbone": config["llava"], "dtype": str(run.backbone.llava.dtype).removeprefix("torch."),
+        "encoder": encoders[-1],
         "beside": run.beside and {"run": config["beside"], "encoder": encoders[0]},
         "clap": {"listens": encoder if config["modality"] == "audio" else None,
                  "trains": encoder if config["contrastive"] else None,
@@ -751,7 +764,6 @@ class Probe:
     """Answers of the backbone to questions about images, and likelihoods of the right ones."""
 
     def __init__(self, backbone, questions, batch_size):
-        from PIL import Image
         self.backbone, self.questions, self.batches = backbone, questions, []
         backbone.tokenizer.padding_side = "left"
         for i in range(0, len(questions), batch_size):
@@ -1113,7 +1125,7 @@ def parse_args(argv=None):
         p.set_defaults(function=function, result=result)
         if runs:
             p.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
-            p.add_argument("--device", default=data.default_device(), help="cpu, cuda or cuda:1")
+            data.add_device_flags(p)
             p.add_argument("--batch-size", type=int, default=64, help="clips or questions at once")
             p.add_argument("--seed", type=int, default=0, help="of samples, noise, choice of clips")
         return p.add_argument
@@ -1158,7 +1170,7 @@ def main(argv=None):
         if done.is_file() and (args.command != "caption" or same_decoding(done, args)):
             print(f"{done.parent}: {done.name} is there, skipped")
             continue
-        args.function(open_run(folder, args.device), args)
+        args.function(open_run(folder, args.device, args.dtype), args)
 
 
 def same_decoding(result, args):

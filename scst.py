@@ -164,9 +164,10 @@ class Tree:
     position_ids: torch.Tensor    # (B, L): as if each sample followed the prompt alone
     attention_mask: torch.Tensor  # (B, 1, L, L): True for the prompt and what is continued
     position: torch.Tensor        # (draws,): where a distinct token was drawn, of B * L
-    token: torch.Tensor  # (draws,)
-    path: torch.Tensor  # (B * K, T): the draws of each sample
-    mask: torch.Tensor  # (B * K, T), True up to and with the end token
+    # on the CPU, as the bookkeeping of the draws:
+    token: torch.Tensor           # (draws,)
+    path: torch.Tensor            # (B * K, T): the draws of each sample
+    mask: torch.Tensor            # (B * K, T), True up to and with the end token
 
     def samples(self):
         """Token ids of each sample, a list of B * K lists."""
@@ -175,7 +176,8 @@ class Tree:
     def logprobs(self, hidden, lm_head, temperature=1.0):
         """log p of every sampled token, (B * K, T), from the decoder's states (B, L, D)."""
         logits = policy_logits(hidden.flatten(0, 1)[self.position], lm_head, temperature)
-        return -F.cross_entropy(logits, self.token, reduction="none")[self.path]
+        token, path = self.token.to(hidden.device), self.path.to(hidden.device)
+        return -F.cross_entropy(logits, token, reduction="none")[path]
 
 
 def policy_logits(hidden, lm_head, temperature):
@@ -192,6 +194,7 @@ def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, limit, temperature=1
     in common is computed once, and nothing is computed for those that have ended. The states
     are the input of decoder block `layer`. fusion: what is attached, if anything; before each
     pass its `row_to_clip` is set to the clip of each row, (rows,), and to None at the end.
+    The host waits for the decoder once a token: the draws are kept in tensors on the CPU.
     """
     from transformers import DynamicCache
     (B, P), device = prompt.shape, prompt.device
@@ -204,22 +207,23 @@ def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, limit, temperature=1
     handle = decoder.layers[layer].register_forward_pre_hook(
         keep_input, with_kwargs=True, prepend=True)
     tokens = prompt  # (rows, 1) from the second pass on
-    clip = torch.arange(B, device=device)         # of each row
-    position = torch.full((B,), P - 1, device=device)   # of each row in its clip's Tree
-    ancestors = torch.empty(B, 0, dtype=torch.long, device=device)   # what each row continues
-    active = torch.arange(B * K, device=device)   # samples that have not ended
-    row = clip.repeat_interleave(K)  # of each active sample
-    used = torch.full((B,), P, device=device)     # positions taken in each clip's Tree
+    clip = torch.arange(B)                  # of each row
+    position = torch.full((B,), P - 1)      # of each row in its clip's Tree
+    ancestors = torch.empty(B, 0, dtype=torch.long)   # what each row continues
+    active = torch.arange(B * K)            # samples that have not ended
+    row = clip.repeat_interleave(K)         # of each active sample
+    used = torch.full((B,), P)              # positions taken in each clip's Tree
     draws, grown, paths, drawn = [], [], [], 0
     try:
         for t in range(limit):
             if fusion is not None:
-                fusion.row_to_clip = clip
+                fusion.row_to_clip = clip.to(device)
             out = decoder(input_ids=tokens, past_key_values=cache, use_cache=True)
             logits = policy_logits(out.last_hidden_state[:, -1], lm_head, temperature)
-            pairs, pair = torch.unique(_draw(logits.softmax(-1), row), return_inverse=True)
+            drawn_now = _draw(logits.softmax(-1), row.to(device)).cpu()
+            pairs, pair = torch.unique(drawn_now, return_inverse=True)
             parent, token = pairs // logits.shape[1], pairs % logits.shape[1]
-            path = torch.full((B * K,), -1, device=device)
+            path = torch.full((B * K,), -1)
             path[active] = drawn + pair
             paths.append(path)
             drawn += len(pairs)
@@ -230,10 +234,10 @@ def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, limit, temperature=1
             survives = alive[pair]
             active = active[survives]
             row = (alive.cumsum(0) - 1)[pair][survives]
-            parent, tokens = parent[alive], token[alive][:, None]
-            cache.batch_select_indices(parent)
+            parent, tokens = parent[alive], token[alive][:, None].to(device)
+            cache.batch_select_indices(parent.to(device))
             clip = clip[parent]  # ascending, as the rows are
-            rank = torch.arange(len(clip), device=device) - torch.searchsorted(clip, clip)
+            rank = torch.arange(len(clip)) - torch.searchsorted(clip, clip)
             position = used[clip] + rank
             used = used + torch.bincount(clip, minlength=B)
             ancestors = torch.cat([ancestors[parent], position[:, None]], 1)
@@ -263,17 +267,17 @@ def _pack(states, draws, grown, paths, L):
     (B, P, D), device = states[0].shape, states[0].device
     packed = states[0].new_zeros(B, L, D)
     packed[:, :P] = states[0]
-    position_ids = torch.arange(L, device=device).expand(B, L).clone()
-    mask = torch.zeros(B, L, L, dtype=torch.bool, device=device)
-    mask[:, :, :P] = torch.ones(L, P, dtype=torch.bool, device=device).tril()
+    position_ids = torch.arange(L).expand(B, L).clone()
+    mask = torch.zeros(B, L, L, dtype=torch.bool)
+    mask[:, :, :P] = torch.ones(L, P, dtype=torch.bool).tril()
     for depth, ((clip, position, ancestors), new) in enumerate(zip(grown, states[1:])):
-        packed[clip, position] = new[:, 0]
+        packed[clip.to(device), position.to(device)] = new[:, 0]
         position_ids[clip, position] = P + depth
         mask[clip[:, None], position[:, None], ancestors] = True
     clip, position, token = (torch.cat(part) for part in zip(*draws))
     path = torch.stack(paths, 1)
-    return Tree(packed, position_ids, mask[:, None], clip * L + position, token,
-                path.clamp(min=0), path >= 0)
+    return Tree(packed, position_ids.to(device), mask[:, None].to(device),
+                (clip * L + position).to(device), token, path.clamp(min=0), path >= 0)
 
 
 def demo():

@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import time
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -33,14 +34,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.nn.functional import all_gather
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import fusion as fusions
 import scst
 
 TRUNK_IN_MEMORY = 4 << 30  # bytes; larger trunk states go to a memory-mapped file
-RANK = int(os.environ.get("RANK", 0))  # number of this process; torchrun sets it
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # number of processes
+LOGITS_IN_MEMORY = 1 << 30  # bytes; more logits than that are made in slices
+# torchrun's numbers of this process and of processes: in all, and on this machine
+RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, n)) for name, n in
+                           (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+GROUP_TIMEOUT = timedelta(days=1)  # while one process waits for the run's lock
 
 
 def parse_args(argv=None):
@@ -82,11 +88,12 @@ def parse_args(argv=None):
         help="self-critical training from the best XE checkpoint: at XE's plateau, or at once")
     add("--scst-steps", type=int, default=500, help="maximum of SCST steps")
     add("--scst-samples", type=int, default=5, help="K, samples a clip")
+    add("--scst-micro-batch", type=int, default=0, help="clips a pass of SCST, 0 = --micro-batch")
     add("--scst-temperature", type=float, default=1.0, help="of the policy that is trained")
     add("--scst-lr", type=float, default=1e-5, help="peak rate of SCST")
     # the machine
     add("--seed", type=int, default=0, help="of initialisation, data order, samples")
-    add("--device", default=data.default_device(), help="cpu, cuda or cuda:1")
+    data.add_device_flags(p)
     args = p.parse_args(argv)
 
     args.layers = sorted(set(args.layers))
@@ -100,10 +107,15 @@ def parse_args(argv=None):
     if args.beside and args.scst != "off":
         p.error("--beside is for cross-entropy: it needs --scst off")
     args.micro_batch = min(args.micro_batch, args.batch_size)
-    if args.batch_size % args.micro_batch:
-        p.error(f"--batch-size {args.batch_size} must be a multiple of --micro-batch {args.micro_batch}")
-    if args.micro_batch % WORLD:
-        p.error(f"--micro-batch {args.micro_batch} must be a multiple of the {WORLD} processes")
+    args.scst_micro_batch = args.scst_micro_batch or args.micro_batch
+    for flag in ("micro_batch", "scst_micro_batch"):
+        size, name = getattr(args, flag), "--" + flag.replace("_", "-")
+        if size < 1 or args.batch_size % size:
+            p.error(f"--batch-size {args.batch_size} must be a multiple of {name} {size}")
+        if size % WORLD:
+            p.error(f"{name} {size} must be a multiple of the {WORLD} processes")
+    if os.path.isfile(args.out):
+        p.error(f"--out {args.out}: is a file; a run needs a folder")
     # the same prompt for all systems that learn from the same captions
     video = args.modality == "video" or args.dataset == "av"
     args.prompt = data.VIDEO_PROMPT if video else data.SOUND_PROMPT
@@ -117,6 +129,18 @@ def caption_loss(logits, targets):
     """Summed cross-entropy of logits (B, T, V) on targets (B, T), -100 where padded."""
     logits = logits.float().flatten(0, 1)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+def sliced_caption_loss(hidden, targets, lm_head):
+    """caption_loss of hidden states (B, T, D), their logits made in slices and made again for
+    backward, so that no more than LOGITS_IN_MEMORY bytes of them exist at once."""
+    def loss(hidden, targets):
+        return caption_loss(lm_head(hidden)[None], targets[None])
+
+    learned = targets != -100
+    size = max(1, LOGITS_IN_MEMORY // (4 * lm_head.out_features))
+    slices = zip(hidden[learned].split(size), targets[learned].split(size))
+    return sum(checkpoint(loss, *part, use_reentrant=False) for part in slices)
 
 
 def info_nce(audio, text, log_temperature, clip):
@@ -191,8 +215,12 @@ def xe_loss(model, batch, args):
     with backbone.autocast(), model.attach(batch.clips) as tokens:
         out = model.head(inputs_embeds=batch.states, use_cache=False)
         hidden = out.last_hidden_state[:, P - 1:-1]                           # (B, T, D)
-        logits = backbone.llava.lm_head(hidden)                               # (B, T, V)
-        xe = caption_loss(logits, batch.targets) / batch.tokens
+        lm_head = backbone.llava.lm_head
+        if 4 * batch.targets.numel() * lm_head.out_features > LOGITS_IN_MEMORY:
+            xe = sliced_caption_loss(hidden, batch.targets, lm_head)
+        else:
+            xe = caption_loss(lm_head(hidden), batch.targets)                 # (B, T, V)
+        xe = xe / batch.tokens
     loss = xe + args.gate_l2 * model.fusion.gate_penalty() / batch.parts
     terms = {"xe": xe.detach(), "contrastive": 0.0}
     if args.contrastive:
@@ -230,7 +258,7 @@ def scst_loss(model, batch, reward, args):
         out = model.head(inputs_embeds=tree.states, position_ids=tree.position_ids,
                          attention_mask=tree.attention_mask, use_cache=False)
         logprobs = tree.logprobs(out.last_hidden_state, lm_head, temperature)
-    logprobs, mask = logprobs.view(B, K, -1), tree.mask.view(B, K, -1)
+    logprobs, mask = logprobs.view(B, K, -1), tree.mask.view(B, K, -1).to(backbone.device)
     loss = scst.scst_loss(logprobs, mask, scst.leave_one_out(rewards))
     loss = loss + args.gate_l2 * model.fusion.gate_penalty()
     distinct = len(tree.token) / int(tree.mask.sum())
@@ -258,11 +286,14 @@ class TrunkStates:
         if size * dtype.itemsize <= TRUNK_IN_MEMORY:
             states = torch.empty(size, dtype=dtype)
         else:
-            path = str(folder / f"trunk{RANK}.bin")
+            # one file a machine: each of its processes computes a share of it
+            path = str(folder / f"trunk{RANK // LOCAL_WORLD}.bin")
             states = torch.from_file(path, shared=True, size=size, dtype=dtype)
         self.states = states.view(-1, D)
         order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
         batches = [order[i:i + 128] for i in range(0, len(order), 128)]
+        if size * dtype.itemsize > TRUNK_IN_MEMORY:
+            batches = batches[LOCAL_RANK::LOCAL_WORLD] or batches[-1:]
         with torch.inference_mode(), backbone.autocast():
             for batch in tqdm(batches, desc="trunk states", unit="batch", leave=False):
                 rows = [torch.tensor(prompt + captions[i]) for i in batch]
@@ -272,6 +303,8 @@ class TrunkStates:
                     self.states[self.start[i]:self.start[i + 1]] = h[P:P + len(captions[i])]
                 # the same in every row: attention is causal
                 self.prompt_states = hidden[0, :P].to(dtype).clone()
+        if WORLD > 1:
+            dist.barrier()  # the other shares are written
 
     def batch(self, captions):
         """Captions by number -> states (B, P + T, D), targets (B, T), -100 where padded."""
@@ -331,10 +364,11 @@ class TrainingCaptions(TrunkStates):
         tokens = sum(self.learned[caption] for _, caption in rows)
         if stage == "xe":
             rows.sort(key=lambda row: len(self.ids[row[1]]))  # little padding
-        size = args.micro_batch // WORLD
+        micro_batch = args.micro_batch if stage == "xe" else args.scst_micro_batch
+        size = micro_batch // WORLD
         parts = args.batch_size // size
-        for k in range(args.batch_size // args.micro_batch):
-            micro = rows[k * args.micro_batch:(k + 1) * args.micro_batch]
+        for k in range(args.batch_size // micro_batch):
+            micro = rows[k * micro_batch:(k + 1) * micro_batch]
             clips, captions = zip(*micro[RANK * size:(RANK + 1) * size])
             if stage == "scst":
                 seed = ((args.seed * 1_000_003 + step) * 1009 + k) * 97 + RANK
@@ -403,7 +437,7 @@ def is_finished(args):
         raise InputError(f"{out}: --scst now continues from an XE checkpoint, and there is no run")
     for key, value in vars(args).items():
         may_differ = key in ("out", "cache", "device") or now and key.startswith("scst")
-        if old and not may_differ and old.get(key) != value:
+        if old and not may_differ and old.get(key, value) != value:
             raise InputError(f"{out} holds a run with --{key.replace('_', '-')} {old.get(key)}, "
                              f"not {value}: choose another --out, or remove that folder")
     stages = read_json(out / "training.json").get("stages", {})
@@ -545,12 +579,18 @@ def validate(model, inputs, args, rerank):
     weights, among the greedy caption and five samples.
     """
     box, start = [None], time.perf_counter()
+    share = range(RANK, len(inputs.prompts), WORLD)
+    branches = inputs.branches([b.fusion for b in model.branches], share)
+    model.fusion.eval()
+    candidates = evaluate.decode(
+        model.backbone, branches, [inputs.prompts[i] for i in share], samples=5 if rerank else 0,
+        progress="validation" if RANK == 0 else None)
+    model.fusion.train()
+    if WORLD > 1:
+        shares = [None] * WORLD
+        dist.all_gather_object(shares, candidates)
+        candidates = [shares[i % WORLD][i // WORLD] for i in range(len(inputs.prompts))]
     if RANK == 0:
-        model.fusion.eval()
-        branches = inputs.branches([b.fusion for b in model.branches])
-        candidates = evaluate.decode(model.backbone, branches, inputs.prompts,
-                                     samples=5 if rerank else 0, progress="validation")
-        model.fusion.train()
         first = [clip[0] for clip in candidates]
         items = evaluate.make_items(inputs.split.clips, first)
         corpus = evaluate.score(items, quick=True)["corpus"]
@@ -654,7 +694,7 @@ def train_stage(model, captions, val_inputs, optimizer, progress, loss_function,
 
 def build_model(inputs, clips, beside, args):
     """The Model, and the token ids of each clip's prompt."""
-    backbone = data.load_backbone(args.llava, args.device)
+    backbone = data.load_backbone(args.llava, args.device, args.dtype)
     decoder, encoder = backbone.decoder, inputs.encoders[args.modality]
     torch.manual_seed(args.seed)
     fusion = fusions.build(
@@ -682,12 +722,10 @@ def build_model(inputs, clips, beside, args):
 def main(argv=None):
     args = parse_args(argv)
     out = Path(args.out)
-    if WORLD > 1:
-        cuda = args.device.startswith("cuda")
-        dist.init_process_group("nccl" if cuda else "gloo")
-        if cuda:
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
+    cuda = args.device.startswith("cuda")
+    if WORLD > 1 and cuda:
+        args.device = f"cuda:{LOCAL_RANK}"
+        torch.cuda.set_device(args.device)
 
     # data first: a wrong folder should not wait for a 7B model
     splits = [data.read_split(args.dataset, args.data, name) for name in ("train", "val")]
@@ -695,7 +733,7 @@ def main(argv=None):
         raise InputError(f"{args.data}: has questions, and SCST is for captions: use --scst off")
     if is_finished(args):
         return
-    beside = evaluate.open_beside(vars(args), args.device)
+    beside = evaluate.open_beside(vars(args), args.device, args.dtype)
     inputs, val_inputs = [evaluate.load_inputs(vars(args), s, args.device, beside) for s in splits]
     clips = inputs.split.clips[:args.limit or None]
     if RANK == 0:
@@ -709,10 +747,13 @@ def main(argv=None):
         lock = open(out / "state" / "lock", "w")  # held until this process ends
         data.lock_or_wait(lock, f"{out}: waiting for another process that trains there")
     if WORLD > 1:
+        # only now: whoever waited for features waited for a file's lock, which has no time limit
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=GROUP_TIMEOUT)
         dist.barrier()
     if is_finished(args):  # by the process that was waited for
         return
-    config = {**vars(args), "name": out.name, "git": git_commit(), "versions": evaluate.versions()}
+    config = {**vars(args), "name": out.name, "folder": os.getcwd(), "git": git_commit(),
+              "versions": evaluate.versions()}
     config = read_json(out / "config.json") or config
     captions = TrainingCaptions(model, clips, prompts, inputs.encoders[args.modality], args)
     progress, optimizer = start_or_resume(model, args)
