@@ -286,7 +286,7 @@ def _locate(names, table, files, split):
         exact = [table.parent / folder / name for folder in ("videos", CLOTHO[split], split, "")]
         wanted[name] = [exact] + [[(*parents, key)] for key in loose] + [[(key,)] for key in loose]
     for path in files:
-        keys[path] = [path]
+        keys[path] = [path] if files[path] != "DCASE" else []
         if files[path] in (split, None):
             loose = {key for spelling in _spellings(path.name) for key in _name_keys(spelling)}
             keys[path] += [(*path.parts[-1 - depth:-1], key) for depth in depths for key in loose]

@@ -736,7 +736,7 @@ def test_audiocaps_as_audiocaps_download_lays_it_out(tmp_path):
     ("", "evaluation/evaluation/"), ("csv/", ""), ("Clotho/", "Clotho/evaluation/")])
 def test_clotho_as_people_unpack_it(tmp_path, table, audio):
     clotho_table(tmp_path / table / "clotho_captions_evaluation.csv", " a.wav", "b.wav", "gone.wav")
-    others = ["clotho_audio_files/test", "clotho_audio_development/development", "__MACOSX/evaluation"]
+    others = ["test", "clotho_audio_files/test", "clotho_audio_development/development", "__MACOSX/evaluation"]
     put(tmp_path, audio + " a.wav", audio + "b.wav", audio + "._gone.wav", *(f"{o}/gone.wav" for o in others))
     split = read_split("clotho", tmp_path, "test")
     assert [(clip.id, clip.path.name) for clip in split.clips] == [("a.wav", " a.wav"), ("b.wav", "b.wav")]
