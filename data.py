@@ -1,4 +1,4 @@
-"""Datasets in their released layouts, sound and video decoding, and the cache of frozen-encoder features.
+"""Datasets in their usual layouts, decoding of sound, video and images, and the cache of encoder features.
 
     python -c "import data; print(data.read_split('audiocaps', 'tiny/data/audiocaps', 'test').clips[0])"
     python -c "import data; print(data.decode_audio('tiny/data/av/videos/test_0000.mp4', 16000).shape)"
@@ -57,7 +57,6 @@ FOLDERS = {"train": "train", "development": "train", "dev": "train", "val": "val
 DCASE = {"test": "DCASE", "analysis": "DCASE"}  # with Clotho these hold other recordings
 UNSAFE = r"""[<>:"/\\|?*'‘’“”\u29f8\uf000-\uf0ff\x00-\x1f]"""  # what file systems and unpackers replace
 CACHE_FORMAT = {"audio": 1, "video": 2}  # raise it when decoding, windows or pooling change
-_print_once = functools.lru_cache(maxsize=None)(print)  # a clip is decoded more than once
 
 
 class InputError(ValueError):
@@ -133,7 +132,7 @@ def read_split(dataset, root, split):
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the one that holds {table.name}")
     files = _walk(root, FOLDERS | DCASE if dataset == "clotho" else FOLDERS)
-    tables = [path for path in files if path.name == table.name]
+    tables = [path for path in files if path.name.lower() == table.name]
     if tables and table not in tables:
         table, *others = tables
         for other in others:
@@ -290,7 +289,7 @@ def _locate(names, table, files, split):
         exact = [table.parent / folder / name for folder in ("videos", CLOTHO[split], split, "")]
         wanted[name] = [exact] + [[(*parents, key)] for key in loose] + [[(key,)] for key in loose]
     for path in files:
-        keys[path] = [path]
+        keys[path] = [path] if files[path] != "DCASE" else []
         if files[path] in (split, None):
             loose = {key for spelling in _spellings(path.name) for key in _name_keys(spelling)}
             keys[path] += [(*path.parts[-1 - depth:-1], key) for depth in depths for key in loose]
@@ -483,6 +482,12 @@ def _decoded(path, kind):
         raise InputError(f"{path}: cannot be decoded as {kind} (empty or damaged)")
 
 
+@functools.lru_cache(maxsize=None)
+def _print_once(text):
+    """Print a note on a file, which may be decoded several times and have any bytes in its name."""
+    print(text.encode(errors="backslashreplace").decode(), flush=True)
+
+
 def decode_audio(path, rate, max_seconds=MAX_SECONDS):
     """Sound of any audio or video file as mono float32 (samples,) at `rate` Hz, at most `max_seconds` of it.
 
@@ -512,18 +517,17 @@ def decode_audio(path, rate, max_seconds=MAX_SECONDS):
 def _mono(path, frames, limit):
     """Mean of the channels of frames of one format, (samples,); stops soon after `limit` samples."""
     # interleaved on purpose: PyAV reads past the end of 8 and more separate channels
-    packer, blocks, count = av.AudioResampler("flt", frame_size=8192), [], 0
-    try:
-        for frame in frames:
-            blocks += packer.resample(frame)
-            count += frame.samples
-            if count > limit:
-                break
-        blocks += packer.resample(None)
-    except (ValueError, av.FFmpegError):
-        raise InputError(f"{path}: its channels or sample format cannot be converted") from None
-    mono = [block.to_ndarray().reshape(-1, block.layout.nb_channels).mean(1) for block in blocks]
-    return torch.from_numpy(np.concatenate(mono)) if mono else torch.zeros(0)
+    packer, mono, count = av.AudioResampler("flt", frame_size=8192), [np.zeros(0, np.float32)], 0
+    for frame in itertools.chain(frames, [None]):  # None: what the packer still holds
+        last = frame is None or count > limit
+        try:
+            blocks = packer.resample(None if last else frame)
+        except (ValueError, av.FFmpegError):
+            raise InputError(f"{path}: its channels or sample format cannot be converted") from None
+        mono += [block.to_ndarray().reshape(-1, block.layout.nb_channels).mean(1) for block in blocks]
+        if last:
+            return torch.from_numpy(np.concatenate(mono))
+        count += frame.samples
 
 
 def decode_video(path, frames):

@@ -265,7 +265,7 @@ def direct(clap, wave):
 
 
 def test_one_window_is_the_library_call(clap):
-    for seconds in (1.3, 4.0, 4.9):  # padded by repetition, exact, with a tail too short to be heard
+    for seconds in (1.3, 4.0, 4.9):  # padded by repetition, exact, with a tail too short to keep
         wave = noise(seconds)
         (frames,), embed = clap.encode([wave])
         want, want_embed = direct(clap, wave[:WINDOW])
@@ -511,9 +511,9 @@ def test_clips_that_one_of_two_encoders_cannot_take(tmp_path, timesformer_folder
     assert split.missing == ["gone.mp4"] and split.bad == ["truncated.mp4", "empty.mp4", "blind.mp4", "deaf.mp4"]
     assert [c.id for c in split.clips] == sound.ids == ["whole.mp4", "one_picture.mp4", "odd.mkv"]
     assert set(sound.ids) < set(video.ids) == {*sound.ids, "deaf.mp4"}
-    said = capsys.readouterr().out
-    assert "blind.mp4: has no video stream" in said and "deaf.mp4: has no audio stream" in said
-    assert "3 of 7 clips are left out" in said and "1 of 4 clips are left out" in said
+    out = capsys.readouterr().out
+    assert "blind.mp4: has no video stream" in out and "deaf.mp4: has no audio stream" in out
+    assert "3 of 7 clips are left out" in out and "1 of 4 clips are left out" in out
 
 
 def test_padding():
@@ -711,8 +711,7 @@ def clotho_table(path, *names):
 @pytest.mark.parametrize("top", ["", "AUDIOCAPS", "linked"])
 def test_audiocaps_as_aac_datasets_lays_it_out(tmp_path, top):
     root = tmp_path / "AUDIOCAPS"
-    for version in ("v1",):
-        audiocaps(root / f"csv_files_{version}", "1,-abc_def-gh,30,x\n2,zz_zz_zz_20,0,y\n3,gone,0,z\n")
+    audiocaps(root / "csv_files_v1", "1,-abc_def-gh,30,x\n2,zz_zz_zz_20,0,y\n3,gone,0,z\n")
     put(root, "audio_32000Hz/test/-abc_def-gh_30.flac", "audio_32000Hz/test/zz_zz_zz_20_0.flac",
         "audio_32000Hz/train/gone.flac", "train_fixed.csv", "class_labels_indices.csv")
     (tmp_path / "linked").symlink_to(root)
@@ -728,6 +727,7 @@ def test_audiocaps_as_audiocaps_download_lays_it_out(tmp_path):
     split = read_split("audiocaps", tmp_path, "test")
     assert [clip.path for clip in split.clips] == [tmp_path / "test/7.ogg"] and split.missing == ["abd_0"]
     (tmp_path / "test").rename(tmp_path / "audio of evaluation")
+    (tmp_path / "test.csv").rename(tmp_path / "Test.CSV")
     assert len(read_split("audiocaps", tmp_path, "test").clips) == 1
 
 
@@ -737,7 +737,7 @@ def test_audiocaps_as_audiocaps_download_lays_it_out(tmp_path):
     ("", "evaluation/evaluation/"), ("csv/", ""), ("Clotho/", "Clotho/evaluation/")])
 def test_clotho_as_people_unpack_it(tmp_path, table, audio):
     clotho_table(tmp_path / table / "clotho_captions_evaluation.csv", " a.wav", "b.wav", "gone.wav")
-    others = ["clotho_audio_files/test", "clotho_audio_development/development", "__MACOSX/evaluation"]
+    others = ["test", "clotho_audio_files/test", "clotho_audio_development/development", "__MACOSX/evaluation"]
     put(tmp_path, audio + " a.wav", audio + "b.wav", audio + "._gone.wav", *(f"{o}/gone.wav" for o in others))
     split = read_split("clotho", tmp_path, "test")
     assert [(clip.id, clip.path.name) for clip in split.clips] == [("a.wav", " a.wav"), ("b.wav", "b.wav")]
@@ -840,6 +840,7 @@ def test_a_file_of_any_bytes_in_its_name_is_decoded(tmp_path, clap):
     wavfile.write(tmp_path / "evaluation/caf\udce9.wav", RATE, noise(1.0))
     (tmp_path / "evaluation/b\udce9.wav").write_bytes(b"broken")
     split = read_split("clotho", tmp_path, "test")
+    assert len(decode_audio(split.clips[0].path, RATE, max_seconds=0.5)) == RATE / 2  # and its name is printed
     assert len(load_features(split, clap, tmp_path / "cache")) == 1 and split.bad == ["b\u00e9.wav"]
 
 
@@ -879,7 +880,7 @@ def test_sound_that_changes_its_rate_midway(tmp_path):
 
 @needs_shared
 @pytest.mark.parametrize("name", ["ab.mp3", "ab2.mp3", "ms.aac"])
-def test_joined_streams_are_heard_whole(name):
+def test_joined_streams_are_decoded_whole(name):
     assert len(decode_audio(CASES / name, RATE)) == pytest.approx(4.07 * RATE, rel=0.01)
 
 
