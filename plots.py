@@ -190,7 +190,8 @@ def comparisons(study):
     """{name: what bootstrap.py compare --json wrote}, the headline first."""
     headline = f"additive_vs_{best_baseline(study.runs)[0]}"
     found = {}
-    for file in sorted((study.folder / "statistics").glob("*.json"), key=lambda file: file.stem != headline):
+    files = (study.folder / "statistics").glob("*.json")
+    for file in sorted(files, key=lambda file: (file.stem != headline, file.stem)):
         content = read_json(file)
         if content and "metrics" in content:
             name = file.stem.replace("_", " ")
