@@ -252,18 +252,20 @@ def run_table(head, groups, columns):
     return table([*head, "seeds", *(c[0] for c in columns), "runs"], rows, len(head))
 
 
+def score_row(run):
+    """What tells the rows of a table of scores apart."""
+    if run.phase == "clotho":
+        return run.label, "AudioCaps checkpoint" if run.config.get("init") else "Clotho alone"
+    if run.phase == "video":
+        return run.name.rpartition("_s")[0], run.config.get("modality", "audio"), run.result.get("hear", "all")
+    return (run.label,)
+
+
 def table_scores(study, phase, head):
-    """Test scores of one phase; its runs differ in the cells under head."""
-    def cells(run):
-        if phase == "clotho":
-            return run.label, "AudioCaps checkpoint" if run.config.get("init") else "Clotho alone"
-        if phase == "video":
-            return run.name.rpartition("_s")[0], run.config.get("modality", "audio"), run.result.get("hear", "all")
-        return (run.label,)
     columns = [COUNT, *SCORES, WORDS, *COSTS]
     if phase == "core":
         columns += EFFICIENCY
-    return run_table(head, grouped(study.finished(phase), cells), columns)
+    return run_table(head, grouped(study.finished(phase), score_row), columns)
 
 
 def table_sweep(study, flags):
@@ -304,19 +306,21 @@ def table_decoding(study):
         ("weights of each seed", "weights")])
 
 
+def retention_row(run):
+    if run.phase == "core":
+        return (run.label,)
+    if run.phase == "video":
+        return (f"{run.label}, {run.name.rpartition('_s')[0]}",)
+    return (f"{run.label}, gate L2 {run.config['gate_l2']:g}, {run.config['steps']} steps",)
+
+
 def table_retention(study):
     """VQA accuracy under each condition, the untouched backbone first."""
-    def row(run):
-        if run.phase == "core":
-            return (run.label,)
-        if run.phase == "video":
-            return (f"{run.label}, {run.name.rpartition('_s')[0]}",)
-        return (f"{run.label}, gate L2 {run.config['gate_l2']:g}, {run.config['steps']} steps",)
     phases = ("core", "ablation", "retention", "video")
     runs = [run for run in study.runs if run.phase in phases and "backbone.accuracy" in run.values]
     if not runs:
         return None
-    groups = grouped(runs, row)
+    groups = grouped(runs, retention_row)
     first = next(iter(groups.values()))[0]
     alone = {"identical": "yes"}
     for key, value in first.values.items():
