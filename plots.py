@@ -529,8 +529,8 @@ def figure_snr(study, figure):
     figure.set_size_inches(8.6, 3.8)
     axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for (name, kind), group in rows.items():
-        scores = np.array([[run.values[ratio] for ratio in ratios] for run in group])
-        bars = [group[0].values[f"{ratio}_half_width"] for ratio in ratios]
+        scores = np.array([[run.values.get(ratio, np.nan) for ratio in ratios] for run in group])
+        bars = [group[0].values.get(f"{ratio}_half_width", 0) for ratio in ratios]
         if len(group) > 1:
             bars = scores.std(0, ddof=1)
         ax = axes[kinds.index(kind)]

@@ -243,6 +243,16 @@ def test_video_noise_and_cost(whole):
     assert row(whole[1], "T1", "additive + SCST")[11] == "1.5 ± 0.0"
 
 
+def test_runs_with_other_noise_levels_share_a_table(tmp_path):
+    for k, ratios in enumerate((("20", "0"), ("10", "0"))):
+        home = fake_run(tmp_path, f"core/{['additive', 'concat'][k]}_s0", ["additive", "concat"][k], 0)
+        noise = {"white": {ratio: scores(0.4) for ratio in ratios}}
+        write(home / "robustness.json", {"n": 320, "clean": scores(0.5), "noise": noise})
+    report = plots.report(tmp_path)
+    assert row(report, "Appendix: noise", "additive", "white")[4:8] == ["0.500", "0.400", "-", "0.400"]
+    assert row(report, "Appendix: noise", "concatenation", "white")[4:8] == ["0.500", "-", "0.400", "0.400"]
+
+
 def test_half_a_study_says_what_is_missing(tmp_path):
     fake_run(tmp_path / "exp", "core/additive_s0", "additive", 0)
     fake_run(tmp_path / "exp", "core/additive_s1", "additive", 1)
