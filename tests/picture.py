@@ -10,8 +10,7 @@ INK, AUDIO = "#1F2937", "#0072B2"
 TOKEN = {"fc": "#BFDFF5", "ec": AUDIO, "lw": 1.2}
 
 figure = Figure((9, 5.4))
-ax = figure.add_axes((0, 0, 1, 1), xlim=(0, 90), ylim=(0, 54))
-ax.axis("off")
+ax = figure.add_axes((0, 0, 1, 1), xlim=(0, 90), ylim=(0, 54), frame_on=False, xticks=(), yticks=())
 
 
 def label(x, y, text, size=12, ha="center"):
@@ -44,10 +43,9 @@ label(13, 19, "N audio tokens A")
 # the decoder, and what is added to the input of two layers
 for y, layers in ((5, "layers 0–11"), (24.5, "layers 12–23"), (44, "layers 24–31")):
     box(69, y, 18, 5.2, layers, FROZEN)
-label(78, 1.4, "image and text")
-arrow((78, 2.6), (78, 5))
-label(78, 52.8, "caption")
-arrow((78, 49.2), (78, 51.7))
+for y, text, start, end in ((1.4, "image and text", 2.6, 5), (52.8, "caption", 49.2, 51.7)):
+    label(78, y, text)
+    arrow((78, start), (78, end))
 label(67.5, 46.6, "frozen LLaVA\ndecoder", ha="right")
 for y, layer in ((10.2, 12), (29.7, 24)):
     arrow((78, y), (78, y + 14.3))
