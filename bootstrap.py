@@ -146,14 +146,12 @@ def match(runs, names):
 
 
 def choose(runs, metrics=None):
-    """These metrics, checked by name, or by default every metric that each run has for some item."""
-    for metric in metrics or ():
-        if metric not in METRICS:
-            raise InputError(f"unknown metric {metric!r} in --metrics: choose from {' '.join(METRICS)}")
-    chosen = list(dict.fromkeys(metrics or [m for m in METRICS if all(_has(items, m) for items in runs)]))
-    if not chosen:
+    """These metrics, or by default every metric that each run has for some item."""
+    if not metrics:
+        metrics = [metric for metric in METRICS if all(_has(items, metric) for items in runs)]
+    if not metrics:
         raise InputError("no metric has scores in every run: score them all with evaluate.py score")
-    return chosen
+    return list(dict.fromkeys(metrics))
 
 
 def _has(items, metric):
@@ -219,10 +217,8 @@ def paired_test(arrays, metrics, runs_a=1, resamples=10_000, seed=0):
     a, b, difference   scores (means over runs) and d = a - b
     sd, ci95           standard deviation and 2.5 and 97.5% quantiles of d*
     bca95              bias-corrected and accelerated interval (Efron, 1987), acceleration from the jackknife
-    p                  two-sided, of d* shifted to the null: (1 + #{|d* - d| >= |d|}) / (resamples + 1)
-    p_randomisation    two-sided, A and B swapped for each item with probability 1/2 (Noreen, 1989); None with
-                       several runs, because it ignores the variance between seeds
-    p_holm             p adjusted for the number of metrics
+    p, p_holm          two-sided, of d* shifted to the null: (1 + #{|d* - d| >= |d|}) / (resamples + 1); Holm's
+    p_randomisation    two-sided, A and B swapped for each item with probability 1/2 (Noreen, 1989); one run a side
     effect_size        d over the standard deviation of the jackknife's pseudo-values n d - (n - 1) d_-i, one for each
                        item; for a mean of item scores this is Cohen's d_z
     """
@@ -261,16 +257,9 @@ def _resample(arrays, metrics, runs_a, resamples, seed):
     n, runs, _ = next(iter(arrays.values())).shape
     flat = np.concatenate([array.reshape(n, -1) for array in arrays.values()], 1)  # (n, C)
     swap = np.concatenate([(array[:, ::-1] - array).reshape(n, -1) for array in arrays.values()], 1)
-    ends = np.cumsum([array[0].size for array in arrays.values()])
+    total = flat.sum(0, keepdims=True)
     sizes = runs_a, runs - runs_a
     sides = np.repeat([1 / sizes[0], -1 / sizes[1]], sizes)  # (R,): d = scores @ sides
-
-    def scores(sums):  # (rows, C) → (rows, M, R)
-        parts = np.split(sums, ends[:-1], 1)
-        parts = {source: part.reshape(len(sums), runs, -1) for source, part in zip(arrays, parts)}
-        return np.stack([_score(metric, parts[_source(metric)]) for metric in metrics], 1)
-
-    total = flat.sum(0, keepdims=True)
     items, seeds, coins = (np.random.default_rng([seed, stream]) for stream in range(3))
     boot = np.empty((resamples, len(metrics)))
     swapped = np.zeros_like(boot)
@@ -281,11 +270,24 @@ def _resample(arrays, metrics, runs_a, resamples, seed):
         part = slice(start, start + size)
         drawn = [_counts(seeds, s, max(1, s - 1), size) / max(1, s - 1) for s in sizes]
         drawn = np.concatenate([drawn[0], -drawn[1]], 1)  # (rows, R)
-        boot[part] = np.einsum("bmr,br->bm", scores(_counts(items, n, n, size) @ flat), drawn)
+        scores = _scores(_counts(items, n, n, size) @ flat, arrays, metrics)
+        boot[part] = np.einsum("bmr,br->bm", scores, drawn)
         if runs == 2:
             heads = coins.integers(0, 2, (size, n), dtype=bool).astype(float)
-            swapped[part] = scores(total + heads @ swap) @ sides
-    return scores(total)[0], scores(total - flat) @ sides, boot, swapped
+            swapped[part] = _scores(total + heads @ swap, arrays, metrics) @ sides
+    without = _scores(total - flat, arrays, metrics) @ sides
+    return _scores(total, arrays, metrics)[0], without, boot, swapped
+
+
+def _scores(sums, arrays, metrics):
+    """Scores of sums that lie side by side as in `arrays`: (rows, C) → (rows, M, R)."""
+    parts, start = {}, 0
+    for source, array in arrays.items():
+        shape = array.shape[1:]
+        end = start + shape[0] * shape[1]
+        parts[source] = sums[:, start:end].reshape(-1, *shape)
+        start = end
+    return np.stack([_score(metric, parts[_source(metric)]) for metric in metrics], 1)
 
 
 def _counts(rng, n, draws, size):
@@ -366,7 +368,7 @@ def parse_args(argv):
     seeds = commands.add_parser("seeds", help="mean and standard deviation over the seeds of one system")
     seeds.add_argument("runs", nargs="+", metavar="RUN", help="one run for each seed")
     for command in (sub, seeds):
-        command.add_argument("--metrics", nargs="+", metavar="METRIC",
+        command.add_argument("--metrics", nargs="+", metavar="METRIC", choices=METRICS,
                              help=f"of {' '.join(METRICS)} (default: all that every run has)")
         command.add_argument("--json", metavar="FILE", help="write the numbers there as well")
     args = parser.parse_args(argv)

@@ -105,6 +105,8 @@ class Study:
         done = [run for run in self.runs if run.result]
         self.metric = selection(self.finished("core") or done)
         self.metric_name = METRICS[self.metric]
+        groups = grouped([run for run in self.runs if run.phase == "core"])
+        self.core = sum(groups.values(), [])
         counts = [f", n = {run.result['n']}" for run in self.finished("core")]
         self.test_name = f"test {self.metric_name}{counts[0] if counts else ''}"  # of an axis
 
@@ -112,21 +114,16 @@ class Study:
         return [run for run in self.runs if run.result and run.phase in phases]
 
 
-def read_json(path):
+def parse(content):
+    """JSON, or None if it is torn, like the last line of a log that a run is writing."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json.loads(content)
+    except ValueError:
         return None
 
 
-def read_log(path):
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            pass  # the last line of a run that is still writing
-    return lines
+def read_json(path):
+    return parse(path.read_bytes()) if path.is_file() else None
 
 
 def read_runs(folder):
@@ -136,7 +133,9 @@ def read_runs(folder):
         home, config = file.parent, read_json(file)
         if not config or config.get("fusion") not in SYSTEMS or home.parent.name == "sanity":
             continue
-        runs.append(Run(folder, home, "xe", config, read_log(home / "log.jsonl")))
+        log = home / "log.jsonl"
+        lines = log.read_bytes().splitlines() if log.exists() else []
+        runs.append(Run(folder, home, "xe", config, [line for line in map(parse, lines) if line]))
         for stage in STAGES:
             if (home / stage).is_dir():
                 runs.append(Run(folder, home / stage, stage, config, []))
@@ -190,7 +189,8 @@ def comparisons(study):
     """{name: what bootstrap.py compare --json wrote}, the headline first."""
     headline = f"additive_vs_{best_baseline(study.runs)[0]}"
     found = {}
-    for file in sorted((study.folder / "statistics").glob("*.json"), key=lambda file: file.stem != headline):
+    files = (study.folder / "statistics").glob("*.json")
+    for file in sorted(files, key=lambda file: (file.stem != headline, file.stem)):
         content = read_json(file)
         if content and "metrics" in content:
             name = file.stem.replace("_", " ")
@@ -252,18 +252,20 @@ def run_table(head, groups, columns):
     return table([*head, "seeds", *(c[0] for c in columns), "runs"], rows, len(head))
 
 
+def score_row(run):
+    """What tells the rows of a table of scores apart."""
+    if run.phase == "clotho":
+        return run.label, "AudioCaps checkpoint" if run.config.get("init") else "Clotho alone"
+    if run.phase == "video":
+        return run.name.rpartition("_s")[0], run.config.get("modality", "audio"), run.result.get("hear", "all")
+    return (run.label,)
+
+
 def table_scores(study, phase, head):
-    """Test scores of one phase; its runs differ in the cells under head."""
-    def cells(run):
-        if phase == "clotho":
-            return run.label, "AudioCaps checkpoint" if run.config.get("init") else "Clotho alone"
-        if phase == "video":
-            return run.name.rpartition("_s")[0], run.config.get("modality", "audio"), run.result.get("hear", "all")
-        return (run.label,)
     columns = [COUNT, *SCORES, WORDS, *COSTS]
     if phase == "core":
         columns += EFFICIENCY
-    return run_table(head, grouped(study.finished(phase), cells), columns)
+    return run_table(head, grouped(study.finished(phase), score_row), columns)
 
 
 def table_sweep(study, flags):
@@ -304,19 +306,21 @@ def table_decoding(study):
         ("weights of each seed", "weights")])
 
 
+def retention_row(run):
+    if run.phase == "core":
+        return (run.label,)
+    if run.phase == "video":
+        return (f"{run.label}, {run.name.rpartition('_s')[0]}",)
+    return (f"{run.label}, gate L2 {run.config['gate_l2']:g}, {run.config['steps']} steps",)
+
+
 def table_retention(study):
     """VQA accuracy under each condition, the untouched backbone first."""
-    def row(run):
-        if run.phase == "core":
-            return (run.label,)
-        if run.phase == "video":
-            return (f"{run.label}, {run.name.rpartition('_s')[0]}",)
-        return (f"{run.label}, gate L2 {run.config['gate_l2']:g}, {run.config['steps']} steps",)
     phases = ("core", "ablation", "retention", "video")
     runs = [run for run in study.runs if run.phase in phases and "backbone.accuracy" in run.values]
     if not runs:
         return None
-    groups = grouped(runs, row)
+    groups = grouped(runs, retention_row)
     first = next(iter(groups.values()))[0]
     alone = {"identical": "yes"}
     for key, value in first.values.items():
@@ -403,27 +407,19 @@ def table_targets(study):
 # ---------------------------------------------------------------- figures
 # Each draws on an empty figure, and draws no axes where there is no data. Its docstring is the caption.
 
-def core_runs(study):
-    return sum(grouped([run for run in study.runs if run.phase == "core"]).values(), [])
-
-
 def draw_log(ax, run, event, key, name, **look):
     """A key of a run's log against the training step. SCST is hollow and follows the last step of XE."""
-    points = {"xe": [], "scst": []}
     last = max((line["step"] for line in run.log if line.get("stage") == "xe"), default=0)
-    for line in run.log:
-        if line.get("event") == event and key in line:
-            start = last if line["stage"] == "scst" else 0
-            points[line["stage"]].append((start + line["step"], line[key]))
-    for stage, fill in (("xe", None), ("scst", "white")):
-        if points[stage]:
-            label = name if stage == "xe" else f"{name}, SCST"
-            ax.plot(*zip(*points[stage]), mfc=fill, lw=1.2, ms=4, label=label, **look)
+    for stage, start, label, fill in (("xe", 0, name, None), ("scst", last, f"{name}, SCST", "white")):
+        lines = [line for line in run.log if line.get("event") == event and line["stage"] == stage]
+        points = [(start + line["step"], line[key]) for line in lines if key in line]
+        if points:
+            ax.plot(*zip(*points), mfc=fill, lw=1.2, ms=4, label=label, **look)
 
 
 def draw_scores(ax, study, key, scale=1):
     """Test score of each core run against another of its values, with 95% intervals."""
-    for run in core_runs(study):
+    for run in study.core:
         if study.metric in run.values and key in run.values:
             x, widths = scale * run.values[key], None
             if f"{key}_ci95" in run.values:
@@ -446,7 +442,7 @@ def figure_curves(study, figure):
     """Validation score against training step, greedy decoding, one line for each seed. Hollow: SCST, which starts
     from the best XE checkpoint."""
     key = f"val_{study.metric}"
-    runs = [run for run in core_runs(study) if any(key in line for line in run.log)]
+    runs = [run for run in study.core if any(key in line for line in run.log)]
     if not runs:
         return
     ax = figure.subplots()
@@ -460,7 +456,7 @@ def figure_curves(study, figure):
 def figure_gates(study, figure):
     """Gates against training step, one line for each seed and layer: α of additive and data-only, tanh α of
     cross-attention and partial unfreeze. Hollow: SCST."""
-    runs = [run for run in core_runs(study) if any("gate_" in key for line in run.log for key in line)]
+    runs = [run for run in study.core if any("gate_" in key for line in run.log for key in line)]
     if not runs:
         return
     ax = figure.subplots()
@@ -533,8 +529,8 @@ def figure_snr(study, figure):
     figure.set_size_inches(8.6, 3.8)
     axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for (name, kind), group in rows.items():
-        scores = np.array([[run.values[ratio] for ratio in ratios] for run in group])
-        bars = [group[0].values[f"{ratio}_half_width"] for ratio in ratios]
+        scores = np.array([[run.values.get(ratio, np.nan) for ratio in ratios] for run in group])
+        bars = [group[0].values.get(f"{ratio}_half_width", 0) for ratio in ratios]
         if len(group) > 1:
             bars = scores.std(0, ddof=1)
         ax = axes[kinds.index(kind)]
@@ -623,7 +619,7 @@ def report_body(study):
                 body.append(f"![{name}](figures/{name}.png)\n\n*{' '.join(figure.__doc__.split())}*")
             else:
                 missing.append(f"figure {name} (phase {phase})")
-    present = {run.system for run in study.runs if run.phase == "core"}
+    present = {run.system for run in study.core}
     missing += [f"{SYSTEMS[system][0]} in core (phase 1)" for system in SYSTEMS if system not in present]
     return body, missing
 
@@ -644,12 +640,10 @@ def report(folder):
     head.append(f"{len(done)} results, {hours:.2f} hours of training.")
     if study.metric == "spider_lite":
         head.append("SPICE has not run everywhere: spider_lite stands in for SPIDEr, under its own name.")
-    others = [str(run.path) for run in runs if run.state == "not of the test split"]
-    if others:
-        head.append(f"**Left out**, as their result.json is not of the test split: {', '.join(others)}")
-    unfinished = [str(run.path) for run in runs if run.state == "not finished"]
-    if unfinished:
-        head.append(f"**Not finished** ({len(unfinished)} of {len(runs)} runs): {', '.join(unfinished)}")
+    for state in ("not finished", "not of the test split"):
+        paths = [str(run.path) for run in runs if run.state == state]
+        if paths:
+            head.append(f"**{state.capitalize()}** ({len(paths)} of {len(runs)} runs): {', '.join(paths)}")
     body, missing = report_body(study)
     if missing:
         head.append(f"**Missing**: {'; '.join(missing)}.")

@@ -419,7 +419,7 @@ BAD = {
     "null metric": (make_items(), ["--metrics", "spice"], "spice: scores.spice is null or absent"),
     "no statistics": (edited(lambda x: [i.pop("stats") for i in x]), ["--metrics", "meteor"],
                       "stats.meteor is null or absent"),
-    "unknown metric": (make_items(), ["--metrics", "cider"], "unknown metric 'cider'"),
+    "unknown metric": (make_items(), ["--metrics", "cider"], "invalid choice: 'cider'"),
     "few resamples": (make_items(), ["--resamples", "9"], "at least 100"),
     "negative seed": (make_items(), ["--seed", "-1"], "negative"),
     "not a number": (make_items(), ["--seed", "x"], "invalid int"),
