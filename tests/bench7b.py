@@ -7,7 +7,6 @@ GPU also needs memory for CUDA's context, for workspaces of kernels and for what
 is that of a fused kernel, which keeps no matrix of scores.
 """
 import contextlib
-import statistics
 import weakref
 from unittest import mock
 
@@ -108,7 +107,7 @@ class Allocations(TorchDispatchMode):
         if func is aten.bincount.default:
             return torch.empty(args[2], dtype=torch.long)  # minlength
         if func is aten.index.Tensor:          # a mask is True everywhere
-            args = args[0], [all_true(index) for index in args[1]], *args[2:]
+            args = args[0], all_true(args[1]), *args[2:]
         out = func(*args, **kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
@@ -132,10 +131,15 @@ class Allocations(TorchDispatchMode):
         return self.peak
 
 
-def all_true(index):
-    if index is None or index.dtype != torch.bool:
-        return index
-    return torch.arange(len(index))
+def all_true(indices):
+    """Indices with as many numbers in place of each mask as it has elements."""
+    new = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool:
+            new += [torch.zeros(index.numel(), dtype=torch.long)] * index.dim()
+        else:
+            new.append(index)
+    return new
 
 
 class FakeBackbone(RandomBackbone):
@@ -156,9 +160,6 @@ class FakeBackbone(RandomBackbone):
         self.done = 0
         return False
 
-    def autocast(self):
-        return torch.autocast("cpu", torch.bfloat16)
-
     def model(self, kind, layers):
         return make_model(self, kind, layers, encoder_width=ENCODER_WIDTH, hidden=HIDDEN)
 
@@ -170,7 +171,7 @@ class FakeBackbone(RandomBackbone):
         text = {"input_ids": torch.zeros(clips, QUESTION + new - passes, dtype=torch.long),
                 "attention_mask": torch.ones(clips, QUESTION + new - passes, dtype=torch.long)}
         pixels = torch.zeros(clips, 3, 336, 336, dtype=torch.bfloat16)
-        probe.backbone, probe.batches = self, [({**text, "pixel_values": pixels}, [[5] * 4] * clips)]
+        probe.backbone, probe.batches = self, [({**text, "pixel_values": pixels}, [torch.zeros(4, dtype=torch.long)] * clips)]
         probe.run(model.branches)
 
     def caption(self, model, clips, tokens, passes):
@@ -223,6 +224,7 @@ def xe_step(model, clips, tokens):
 
 class NoReward:
     """In place of scst.CiderD, which works on the CPU."""
+    corpus = [["a caption"]] * 64
 
     def score_many(self, captions, references, ended):
         return torch.zeros(len(captions))
@@ -331,6 +333,7 @@ def count_operations(backbone, allocations):
         result["training"][kind, layer] = xe, tree
     # these hardly differ between systems: all layers once
     model = backbone.model("additive", LAYERS)
+    model.fusion.requires_grad_(False)
     prompt = torch.zeros(clips, PROMPT, dtype=torch.long)
     with model.attach(range(clips)), backbone.autocast():
         result["drawing"] = tera(lambda: scst.sample_tree(

@@ -49,7 +49,7 @@ class RandomBackbone(data.Backbone):
         from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
         self.tokenizer = word_tokenizer(vocabulary)
         self.path, self.device = "random", torch.device(device)
-        self.eos, self.pad, self.placeholder = 2, 0, 0
+        self.eos, self.pad, self.placeholder, self.before_answer = 2, 0, 0, " "
         self.prompt_words = prompt_words
         text = LlamaConfig(
             vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
@@ -78,7 +78,7 @@ class RandomBackbone(data.Backbone):
         for _ in range(64):
             self.features.append(torch.from_numpy(draw.standard_normal((S, E), dtype=np.float32)))
 
-    def chat(self, text, image=False):
+    def chat(self, text, image=False, answer=None):
         words = [f"w{i}" for i in range(4, 4 + self.prompt_words)]
         return " ".join(["<s>"] + ["<image>"] * image + words)
 
@@ -95,8 +95,6 @@ def make_model(backbone, kind, layers, split_layer=None, tokens=N, encoder_width
     with fusions.attach_branches(decoder, [fusions.Branch(fusion)], []):
         trunk, head = fusions.split(decoder, split_layer)
     prompt, slots = backbone.prompt("", tokens if kind == "concat" else 0)
-    if slots is not None:
-        slots = torch.tensor(slots, device=backbone.device)
     branches = [fusions.Branch(fusion, backbone.features)]
     return train.Model(backbone, fusion, contrast, branches, trunk, head, split_layer, prompt, slots)
 
@@ -127,7 +125,7 @@ class Step:
     def batch(self):
         states, targets = self.states.batch(self.clips)
         states.requires_grad_(self.differentiated)
-        return train.CaptionBatch(self.clips, states, targets, self.tokens, 1, None, None)
+        return train.Batch(self.clips, 1, states, targets, self.tokens)
 
     def loss(self):
         return train.xe_loss(self.model, self.batch(), self.args)[0]
@@ -171,12 +169,12 @@ class ScstStep:
         self.model, self.clips, self.limit, self.seed = model, list(range(clips)), limit, 0
         self.args = training_args(backbone.device, "--scst-samples", str(samples))
         self.optimizer = train.make_optimizer(model, self.args, "scst")
-        self.references = [[scst.words(caption)] for caption in backbone.captions[:clips]]
-        self.reward = reward or scst.CiderD(self.references, end=True)
+        references = [[scst.words(caption)] for caption in backbone.captions[:clips]]
+        self.reward = reward or scst.CiderD(references, end=True)
 
     def batch(self):
         self.seed += 1
-        return train.ClipBatch(self.clips, self.references, self.seed, self.limit, 1)
+        return train.Batch(self.clips, 1, seed=self.seed, limit=self.limit)
 
     def loss(self, model, batch, args):
         return train.scst_loss(model, batch, self.reward, args)
