@@ -872,8 +872,8 @@ def retention_answers(run, probe, inputs, seed):
     unfreeze = [f for f in run.fusions if f.spec.kind == "unfreeze"]
     conditions["nothing_attached"] = unfreeze, {}
     answers = {}
-    for name, (fusions, frames) in conditions.items():
-        branches = [Branch(f, frames.get(f.spec.modality)) for f in fusions]
+    for name, (attached, frames) in conditions.items():
+        branches = [Branch(f, frames.get(f.spec.modality)) for f in attached]
         answers[name] = probe.run(branches, f"{run.folder.name}: {name}")
     return answers, pick
 

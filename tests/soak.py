@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import ROOT, copy_of_repository, python
+from conftest import copy_of_repository, python
 
 import data
 import evaluate
