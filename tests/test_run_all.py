@@ -29,7 +29,7 @@ def test_smoke_ends_with_the_table(smoke):
     assert report.startswith("# Report, scale: smoke") and "\n## T1" in report and "\n## T5" in report
     for label in ("additive", "cross-attention", "concatenation", "partial unfreeze", "data-only"):
         assert f"| {label}" in report
-    for name in ("curves", "gates", "gates_by_layer", "pareto", "frontier", "intervals"):
+    for name in ("curves", "gates", "pareto", "frontier", "intervals"):
         for kind in ("png", "pdf"):
             assert (smoke / f"figures/{name}.{kind}").stat().st_size > 5000
     assert "T1" in (smoke.parent.parent / "output.txt").read_text()
