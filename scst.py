@@ -246,7 +246,24 @@ def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, limit, temperature=1
         handle.remove()
         if fusion is not None:
             fusion.row_to_clip = None
-    return _pack(states, draws, grown, paths, int(used.max()))
+    tree = _pack(states, draws, grown, paths, int(used.max()))
+    tree.attention_mask = _windowed(tree, decoder.config)
+    return tree
+
+
+def _windowed(tree, config):
+    """The Tree's attention mask within the decoder's sliding window, if it has one.
+
+    For a decoder whose layers differ: {"full_attention": mask, "sliding_attention": mask}.
+    """
+    mask, window = tree.attention_mask, getattr(config, "sliding_window", None)
+    if window is None:
+        return mask
+    position = tree.position_ids[:, None]                            # (B, 1, L)
+    sliding = mask & (position[..., None] - position[..., None, :] < window)
+    if getattr(config, "layer_types", None):
+        return {"full_attention": mask, "sliding_attention": sliding}
+    return sliding
 
 
 def _draw(probabilities, row):

@@ -195,9 +195,7 @@ def test_closed_absent_split_and_greedy(backbone, kind):
 
 
 @pytest.mark.parametrize("kind", fusions.SYSTEMS)
-def test_samples_of_a_tree_are_samples_behind_their_own_prompt(backbone, kind, request):
-    if backbone.path.endswith("mistral"):  # the tree's mask does not know of a sliding window
-        request.applymarker(pytest.mark.xfail(strict=True))
+def test_samples_of_a_tree_are_samples_behind_their_own_prompt(backbone, kind):
     test = test_train.test_samples_of_a_tree_are_samples_behind_their_own_prompt
     test(lambda kind, rows: prompted(backbone, kind, rows), kind)
 
