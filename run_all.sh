@@ -39,7 +39,7 @@ tiny)
     TRAIN="--batch-size 32 --steps 400 --eval-every 100"
     SCST="--scst auto --scst-lr 5e-4 --scst-temperature 0.3 --scst-steps 100"
     SHORT="--batch-size 32 --steps 160 --eval-every 80"; TRAIN_CLOTHO=$SHORT
-    # chosen from 3e-3 and 6e-3 by validation: README, "Tuning"
+    # chosen from 3e-3 and 6e-3 by validation: tests/README.md, "Learning rates"
     for system in cross_attention concat unfreeze data_only; do RATES[$system]="--lr 3e-3 --lr-adapter 3e-3"; done
     RATES[additive]="--lr 6e-3 --lr-adapter 6e-3"
     OVERFIT="--limit 1000 --batch-size 32 --steps 72 --eval-every 24"
