@@ -160,6 +160,9 @@ class FakeBackbone(RandomBackbone):
         self.done = 0
         return False
 
+    def autocast(self):  # as on a GPU
+        return torch.autocast("cpu", torch.bfloat16)
+
     def model(self, kind, layers):
         return make_model(self, kind, layers, encoder_width=ENCODER_WIDTH, hidden=HIDDEN)
 
@@ -313,7 +316,7 @@ def operations(table):
     for (kind, layer), xe, tree in [(key, *values) for key, values in counted["training"].items()]:
         print(f"| {kind}, {layer} | {xe:.3f} | {tree:.3f} | | |")
     for what in ("drawing", "caption", "question", "trunk"):
-        print(f"| | | | {what} | {counted[what]:.3f} |")
+        print(f"| | | | {what} | {counted[what]:.4g} |")
     for (kind, layer), values in counted["training"].items():
         for what, value in zip(("XE", "tree"), values):
             table.rows.append({"bench": table.bench, "what": f"{kind}, {layer}: {what}", "ours": value, "unit": "T"})
