@@ -28,7 +28,7 @@ log() { if [ "$DRY" = 1 ]; then echo "# $*"; else printf '%(%H:%M:%S)T  %s\n' -1
 die() { echo "error: $*" >&2; exit 2; }
 
 # ------------------------------------------------------------------ scale: paths and flags, nothing else
-SNR="20 10 5 0 -5"
+SNR="20 10 5 0 -5"; EVAL=""; BASELINES="unfreeze concat cross_attention data_only"
 declare -A RATES=()              # learning rates, by system
 case $SCALE in
 tiny)
@@ -57,8 +57,11 @@ full)
     AV=${AV:-data/av}; QA=${QA:-data/qa/test.json}; LLAVA=${LLAVA:-llava-hf/llava-1.5-7b-hf}
     CLAP=${CLAP:-laion/clap-htsat-unfused}; TIMESFORMER=${TIMESFORMER:-facebook/timesformer-base-finetuned-k400}
     LAYERS="12 24"; TOKENS=16; HIDDEN=768; PROBE=1000; TOLERANCE=${TOLERANCE:-0.5}
-    TRAIN=""; TRAIN_CLOTHO=""; VIDEO=""; SCST="--scst auto"; SHORT="--steps 500 --patience 1"
-    OVERFIT="--limit 1000 --batch-size 64 --steps 300 --eval-every 75" ;;
+    MEMORY=${MEMORY:-80}         # GB of a GPU: 80, or 24, too little for unfreeze; tests/README.md has the table
+    [ "$MEMORY" -ge 64 ] || BASELINES=${BASELINES#unfreeze }
+    SIZES=$([ "$MEMORY" -ge 64 ] && echo "--micro-batch 32" || echo "--micro-batch 8"); EVAL=${SIZES/micro-batch/batch-size}
+    TRAIN=$SIZES; TRAIN_CLOTHO=$SIZES; VIDEO=$SIZES; SCST="--scst auto"; SHORT="--steps 500 --patience 1 $SIZES"
+    OVERFIT="--limit 1000 --batch-size 64 --steps 300 --eval-every 75 $SIZES" ;;
 *) die "SCALE=$SCALE: tiny or full" ;;
 esac
 SIZE="--layers $LAYERS --tokens $TOKENS --hidden $HIDDEN"
@@ -194,7 +197,8 @@ evaluate() {
     share=$(( (${#runs[@]} + JOBS - 1) / JOBS ))
     while [ ${#runs[@]} -gt 0 ]; do
         i=$((i + 1)) some=("${runs[@]:0:$share}") runs=("${runs[@]:$share}")
-        job "$group/${command}_$i" "" "$command $*" ${#some[@]} "$PYTHON" evaluate.py "$command" "${some[@]}" "$@"
+        job "$group/${command}_$i" "" "$command $*" ${#some[@]} "$PYTHON" evaluate.py "$command" \
+            "${some[@]}" "$@" $EVAL
     done
 }
 all_seeds() {   # all_seeds NAME...: NAME_s0, NAME_s1, ...
@@ -215,7 +219,7 @@ phase_0() {   # do the parts work? a closed gate changes nothing; a small set ca
 phase_1() {   # AudioCaps: five systems; additive goes on to SCST and is reranked; then Clotho by two of them
     local system seed others additive stable=$EXP/core/additive_s$FIRST_SEED/stable.json
     system core/additive additive audiocaps "$AUDIOCAPS" $TRAIN $SCST
-    for system in unfreeze concat cross_attention data_only; do
+    for system in $BASELINES; do
         system core/$system $system audiocaps "$AUDIOCAPS" $TRAIN
     done
     if [[ " $PHASES " == *" 2 "* ]]; then   # the layer sweep runs beside them once additive is known to learn
@@ -232,7 +236,7 @@ phase_1() {   # AudioCaps: five systems; additive goes on to SCST and is reranke
         # no SCST checkpoint where SCST collapsed at once
         [ "$DRY" = 0 ] && [ ! -e "$EXP/core/additive_s$seed/scst/fusion.json" ] || additive+=" core/additive_s$seed/scst"
     done
-    others=$(all_seeds core/{unfreeze,concat,cross_attention,data_only})
+    others=$(all_seeds $(printf 'core/%s ' $BASELINES))
     evaluate caption result.json core_reranked $additive -- $CAPTION_TEST --rerank
     evaluate caption result.json core $others -- $CAPTION_TEST
     evaluate retention retention.json core $additive $others -- --qa "$QA" --limit "$PROBE"
@@ -332,7 +336,7 @@ decide() {   # decide RUN...: true if the last of these tries is within TOLERANC
 
 phase_4() {   # statistics, the folder to attach to a paper, the SCST checkpoints archived: under a minute
     local seed system run a b
-    for system in cross_attention concat unfreeze data_only; do   # the report picks the headline by validation
+    for system in $BASELINES; do   # the report picks the headline by validation
         mapfile -t a < <(for seed in $SEEDS; do first_beam "$EXP/core/additive_s$seed"; done)
         mapfile -t b < <(for seed in $SEEDS; do first_beam "$EXP/core/${system}_s$seed"; done)
         compare "additive_vs_$system" "${a[@]}" vs "${b[@]}"
@@ -407,13 +411,16 @@ if [ "$SCALE" = tiny ]; then
     job world "" world 1 "$PYTHON" tests/standin.py --out "$WORLD" $([ "$SMOKE" = 1 ] && echo --smoke)
     drain
 fi
-for PHASE in $PHASES; do
-    declare -F "phase_$PHASE" >/dev/null || die "PHASES: there is no phase $PHASE"
-    plan "$PHASE"
-    log "phase $PHASE: $TOTAL jobs"
-    "phase_$PHASE"
-    drain
-done
+run_phases() {
+    for PHASE in $PHASES; do
+        declare -F "phase_$PHASE" >/dev/null || die "PHASES: there is no phase $PHASE"
+        plan "$PHASE"
+        log "phase $PHASE: $TOTAL jobs"
+        "phase_$PHASE"
+        drain
+    done
+}
+if [ "$DRY$SCALE" = 1full ]; then run_phases | "$PYTHON" tests/plan.py; else run_phases; fi
 [ "$DRY" = 1 ] && exit 0
 "$PYTHON" plots.py "$EXP" || exit 1
 log "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: $EXP/REPORT.md"

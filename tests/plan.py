@@ -1,9 +1,9 @@
 """GPU-hours and disk of `SCALE=full bash run_all.sh`, phase by phase, before anything is spent.
 
-    DRY=1 SCALE=full bash run_all.sh | python tests/plan.py              # at 40% of an H100's 989 TFLOP/s
-    DRY=1 SCALE=full bash run_all.sh | python tests/plan.py --rate 120   # TFLOP/s reached
+    DRY=1 SCALE=full bash run_all.sh                                     # pipes its commands through this
+    DRY=1 SCALE=full bash run_all.sh | python tests/plan.py --rate 120   # TFLOP/s reached; default 40% of 989
 
-Reads the commands of a dry run. Costs are operations of LLaVA-1.5-7B's matrix products, counted once by
+Repeats the commands of a dry run. Costs are operations of LLaVA-1.5-7B's matrix products, counted once by
 `python tests/bench.py time7b`, times what each command does at most: all steps, no early stop. Left out: loading,
 the encoders, Java. Decoding is limited by memory more than by operations, and takes longer than this.
 """
@@ -111,6 +111,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     phase, phases = "", {}
     for line in sys.stdin:
+        if not line.startswith(("# all: ", "# disk: ")) and " GPU-hours " not in line:  # of a pipe before this
+            print(line, end="")
         if line.startswith("# phase "):
             phase = line.split(":")[0].removeprefix("# ")
         phases[phase] = phases.get(phase, 0.0) + cost(line)
