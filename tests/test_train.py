@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -432,11 +433,40 @@ def test_what_is_not_finite_is_named(world, tmp_path, monkeypatch):
     assert all(v.isfinite().all() for v in saved.values())
 
 
+def test_a_run_is_used_from_another_folder(world, tmp_path, monkeypatch):
+    """Trained with relative paths; what is not there from here is looked for from where it was trained."""
+    monkeypatch.chdir(world)
+    run(Path("."), tmp_path / "run", "--cache", tmp_path / "cache", "--steps", "2", "--eval-every", "2")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["data"] == "data/audiocaps" and config["folder"] == str(world)
+    monkeypatch.chdir(tmp_path)
+    evaluate.main(["caption", "run", "--beams", "1"])
+    assert json.loads((tmp_path / "run/result.json").read_text())["n"] == 32
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/audiocaps").mkdir()                         # here, and empty: it is the one that is meant
+    with pytest.raises(data.InputError, match="data/audiocaps"):
+        evaluate.main(["caption", "run", "--beams", "2"])
+
+
+def test_logits_in_slices(world, tmp_path, monkeypatch):
+    """The same losses and captions as with all logits at once."""
+    run(world, tmp_path / "whole")
+    monkeypatch.setattr(train, "LOGITS_IN_MEMORY", 1 << 14)
+    monkeypatch.setattr(evaluate, "LOGITS_IN_MEMORY", 1 << 14)
+    run(world, tmp_path / "sliced")
+    for a, b in zip(*(log_of(tmp_path / name, "step") for name in ("whole", "sliced")), strict=True):
+        assert a["xe"] == pytest.approx(b["xe"], rel=1e-5) and a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
+    a, b = (log_of(tmp_path / name, "validation")[-1] for name in ("whole", "sliced"))
+    assert a["example"] == b["example"] and a["val_cider_d"] == pytest.approx(b["val_cider_d"], abs=1e-6)
+
+
 @pytest.mark.parametrize("more, message", [
     (["--layers", "9"], "--layers 9: this decoder has layers 0 to 7"),
     (["--data", "nowhere"], "nowhere"), (["--llava", "nowhere"], "nowhere"), (["--encoder", "nowhere"], "nowhere"),
     (["--scst", "auto", "--scst-samples", "1"], "at least 2"), (["--batch-size", "9"], "multiple of --micro-batch"),
-    (["--fusion", "magic"], "invalid choice")])
+    (["--fusion", "magic"], "invalid choice"), (["--device", "gpu"], "'gpu' cannot be used here"),
+    (["--device", "cuda:7"], "'cuda:7' cannot be used here"), (["--scst-micro-batch", "3"], "--scst-micro-batch 3"),
+    (["--out", __file__], "is a file")])
 def test_mistakes_are_one_line(world, tmp_path, more, message):
     done = run(world, tmp_path / "run", *more, check=False)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
