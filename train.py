@@ -777,7 +777,7 @@ def main(argv=None):
     if RANK == 0:
         write_json(out / "training.json", {
             "best": progress.stages["xe"]["scores"], "stages": progress.stages,
-            "seconds": progress.seconds,
+            "seconds": time.perf_counter() - progress.began,
             "trainable_parameters": fusions.count_parameters(model.fusion)})
         shutil.rmtree(out / "state", ignore_errors=True)
     if WORLD > 1:
