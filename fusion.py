@@ -44,8 +44,8 @@ class Spec:
     tokens: int         # N
     hidden: int         # the projector's inner width
     encoder_width: int  # E
-    gate_init: float    # of additive; concat has no gate, cross_attention starts at 0
-    rank: int           # R, the inner width that the parameter budget is counted in
+    gate_init: float    # of systems that use it; concat has no gate, cross_attention starts at 0
+    rank: int           # R, of additive's adapters; the others follow, for equally many parameters
     modality: str       # "audio" or "video": whose encoder's frames it was trained on
     backbone: dict      # class, depth, width and heads of the decoder
 
@@ -139,7 +139,10 @@ def scale(h):
 # ---------------------------------------------------------------- the systems
 
 class Fusion(nn.Module):
-    """What all systems share: a projector, and hooks that last for one `with` block."""
+    """What all systems share: a projector, and hooks that last for one `with` block.
+
+    A system with gates has `self.gate`, a ParameterDict by layer; another sets has_gate = False.
+    """
     has_gate = True
 
     def __init__(self, spec):
@@ -153,16 +156,19 @@ class Fusion(nn.Module):
     # -- what a system defines: prepare() once a clip, change() at each layer
 
     def prepare(self, tokens):
-        """(B, N, D) -> {layer: tensors whose first axis is B}, computed once a clip."""
+        """(B, N, D) -> {layer: [tensor (B, ...), ...]}, computed once a clip."""
         raise NotImplementedError
 
     def change(self, layer, h, prepared, slots):
-        """The layer's new hidden states (B, T, D) from the old."""
+        """New hidden states (B, T, D) of a layer from the old; prepared: its list, one row of
+        each tensor for each row of h."""
         raise NotImplementedError
 
     def gates(self):
         """{layer: effective gate}; empty where a system has none."""
-        return {}
+        if not self.has_gate:
+            return {}
+        return {layer: self.gate[str(layer)].item() for layer in self.spec.layers}
 
     def set_gates(self, value):
         """Set every gate's parameter: 0 closes the fusion exactly."""
@@ -234,8 +240,8 @@ class Fusion(nn.Module):
             else:
                 fits = rows == len(self.row_to_clip)
             if not fits:
-                raise FusionError(f"{rows} sequences for {clips} clips: the batch is no multiple "
-                                  "of the features")
+                raise FusionError(f"{rows} sequences for {clips} clips: no multiple, and "
+                                  "row_to_clip does not say which clip each belongs to")
             inputs = [rows_of(x, rows) for x in prepared]
             positions = None if slots is None else rows_of(slots, rows)
             new = self.change(layer, h, inputs, positions).to(h.dtype)
@@ -263,7 +269,7 @@ READ_SCALE = 10.0
 
 
 class Additive(Fusion):
-    """h <- h + alpha_l * scale(h) * softmax(rms_norm(h) K^T / sqrt(d)) V, a gated read-out.
+    """h <- h + alpha_l * 10 scale(h) * softmax(rms_norm(h) K^T / sqrt(d)) V, a gated read-out.
 
     Nothing on the text side is trained: the query is the RMS-normalised hidden state. K and V
     come from the modality tokens through a low-rank residual a layer. alpha_l is one scalar.
@@ -290,9 +296,6 @@ class Additive(Fusion):
         read = merge_heads(F.scaled_dot_product_attention(query, key, value))  # (B, T, D)
         h = h.float()  # bfloat16 would move alpha in steps; the hook rounds once
         return h + self.gate[str(layer)] * READ_SCALE * scale(h) * read.float()
-
-    def gates(self):
-        return {layer: self.gate[str(layer)].item() for layer in self.spec.layers}
 
 
 class DataOnly(Additive):

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-SYSTEMS = {  # in the order of the tables: name, colour (Okabe and Ito's palette), marker, line
+# in the order of the tables: name, colour (Okabe and Ito's palette), marker, line
+SYSTEMS = {
     "additive": ("additive", "#0072B2", "o", "-"),
     "cross_attention": ("cross-attention", "#D55E00", "s", "--"),
     "concat": ("concatenation", "#009E73", "^", "-."),
     "unfreeze": ("partial unfreeze", "#CC79A7", "D", ":"),
     "data_only": ("data-only (no audio)", "#555555", "x", (0, (1, 1)))}
+NEW_STYLE = ("#000000", "P", "-")  # of a system that is not in SYSTEMS
 METRICS = {
     "cider_d": "CIDEr-D", "spice": "SPICE", "spider": "SPIDEr", "spice_lite": "spice_lite",
     "spider_lite": "spider_lite", "meteor": "METEOR", "rouge_l": "ROUGE-L", "bleu_4": "BLEU-4"}
@@ -48,7 +50,7 @@ class Run:
         self.phase, self.name = self.path.parts[:2]
         self.stage, self.config, self.log = stage, config, log
         self.system = config["fusion"]
-        name, colour, marker, self.line = SYSTEMS[self.system]
+        name, colour, marker, self.line = style(self.system)
         self.label = name + {"xe": "", "scst": " + SCST"}.get(stage, f", {stage}")
         self.style = {"color": colour, "marker": "*" if stage == "scst" else marker}
         self.result = read_json(folder / "result.json")
@@ -131,7 +133,7 @@ def read_runs(folder):
     runs = []
     for file in sorted(folder.glob("*/*/config.json")):
         home, config = file.parent, read_json(file)
-        if not config or config.get("fusion") not in SYSTEMS or home.parent.name == "sanity":
+        if not config or "fusion" not in config or home.parent.name == "sanity":
             continue
         log = home / "log.jsonl"
         lines = log.read_bytes().splitlines() if log.exists() else []
@@ -148,9 +150,14 @@ def selection(runs):
     return "spider" if everywhere else "spider_lite"
 
 
+def style(system):
+    """(name, colour, marker, line)."""
+    return SYSTEMS.get(system, (system, *NEW_STYLE))
+
+
 def grouped(runs, key=lambda run: (run.label,)):
     """{key: runs} in the order of systems, then of stages, then of keys."""
-    order = list(SYSTEMS)
+    order = [*SYSTEMS, *sorted({run.system for run in runs} - set(SYSTEMS))]
     groups = defaultdict(list)
     for run in sorted(runs, key=lambda run: (order.index(run.system), run.stage == "scst", key(run))):
         groups[key(run)].append(run)
@@ -447,7 +454,7 @@ def figure_curves(study, figure):
         return
     ax = figure.subplots()
     for run in runs:
-        name, colour, marker, line = SYSTEMS[run.system]
+        name, colour, marker, line = style(run.system)
         draw_log(ax, run, "validation", key, name, color=colour, marker=marker, ls=line)
     counts = [line["val_n"] for line in runs[0].log if "val_n" in line]
     ax.set(xlabel="training step", ylabel=f"validation {study.metric_name}, n = {counts[0]}")

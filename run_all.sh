@@ -76,6 +76,7 @@ setup() {   # setup [pytest hypothesis]: VENV, else .venv, else the system's Pyt
     "$PYTHON" -c "import importlib.util as u, sys
 sys.exit(any(u.find_spec(m) is None for m in '$MODULES $*'.split()))" 2>/dev/null && return
     [ -z "${VENV:-}" ] || die "VENV=$VENV lacks packages: $PYTHON -m pip install -r requirements.txt"
+    if [ "$DRY" = 1 ]; then PYTHON=python3; return; fi   # nothing is installed to print commands
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "install Python 3.11 or newer"
     log "set-up: .venv from requirements.txt, 1 to 5 minutes (more where torch brings its CUDA packages)"
     PYTHON=$PWD/.venv/bin/python
@@ -420,7 +421,11 @@ run_phases() {
         drain
     done
 }
-if [ "$DRY$SCALE" = 1full ]; then run_phases | "$PYTHON" tests/plan.py; else run_phases; fi
+if [ "$DRY$SCALE" = 1full ] && "$PYTHON" -c "import torch" 2>/dev/null; then
+    run_phases | "$PYTHON" tests/plan.py   # GPU-hours and disk, too
+else
+    run_phases
+fi
 [ "$DRY" = 1 ] && exit 0
 "$PYTHON" plots.py "$EXP" || exit 1
 log "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: $EXP/REPORT.md"

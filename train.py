@@ -107,9 +107,8 @@ def parse_args(argv=None):
     if args.beside and args.scst != "off":
         p.error("--beside is for cross-entropy: it needs --scst off")
     args.micro_batch = min(args.micro_batch, args.batch_size)
-    args.scst_micro_batch = args.scst_micro_batch or args.micro_batch
-    for flag in ("micro_batch", "scst_micro_batch"):
-        size, name = getattr(args, flag), "--" + flag.replace("_", "-")
+    for name, size in (("--micro-batch", args.micro_batch),
+                       ("--scst-micro-batch", args.scst_micro_batch or args.micro_batch)):
         if size < 1 or args.batch_size % size:
             p.error(f"--batch-size {args.batch_size} must be a multiple of {name} {size}")
         if size % WORLD:
@@ -125,21 +124,21 @@ def parse_args(argv=None):
 
 # ---------------------------------------------------------------- losses
 
-def caption_loss(logits, targets):
-    """Summed cross-entropy of logits (B, T, V) on targets (B, T), -100 where padded."""
-    logits = logits.float().flatten(0, 1)
-    return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
+def caption_loss(hidden, targets, lm_head):
+    """Summed cross-entropy of hidden states (B, T, D) on targets (B, T), -100 where padded.
 
-
-def sliced_caption_loss(hidden, targets, lm_head):
-    """caption_loss of hidden states (B, T, D), their logits made in slices and made again for
-    backward, so that no more than LOGITS_IN_MEMORY bytes of them exist at once."""
+    Where the logits (B, T, V) would take more than LOGITS_IN_MEMORY bytes they are made in
+    slices, of learned tokens alone, and made again for backward.
+    """
     def loss(hidden, targets):
-        return caption_loss(lm_head(hidden)[None], targets[None])
+        logits = lm_head(hidden).float().flatten(0, -2)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
 
+    size = LOGITS_IN_MEMORY // (4 * lm_head.out_features)
+    if targets.numel() <= size:
+        return loss(hidden, targets)
     learned = targets != -100
-    size = max(1, LOGITS_IN_MEMORY // (4 * lm_head.out_features))
-    slices = zip(hidden[learned].split(size), targets[learned].split(size))
+    slices = zip(hidden[learned].split(max(1, size)), targets[learned].split(max(1, size)))
     return sum(checkpoint(loss, *part, use_reentrant=False) for part in slices)
 
 
@@ -192,10 +191,10 @@ class Model:
 class Batch:
     """One process's share of a micro-batch: B clips, and for cross-entropy a caption of each."""
     clips: list                             # training clips by number, one a row
-    parts: int                              # micro-batches of a step times processes
+    parts: int                              # Batches of a step, of all processes: losses add up
     states: torch.Tensor | None = None      # (B, P + T, D), prompt and caption behind the trunk
     targets: torch.Tensor | None = None     # (B, T), -100 where nothing is learned
-    tokens: int = 0                         # learned tokens of the whole step
+    learned_tokens: int = 0                 # of the whole step
     text: torch.Tensor | None = None        # CLAP's caption embeddings, of all processes
     text_clips: torch.Tensor | None = None  # the clip of each
     seed: int = 0                           # of SCST's samples
@@ -203,24 +202,21 @@ class Batch:
 
 
 def xe_loss(model, batch, args):
-    """Loss of one Batch of captions, and its terms {"xe", "contrastive"}.
+    """(loss, {"xe", "contrastive"}) of one Batch of captions: the loss and its terms.
 
-    loss = cross-entropy a caption token of the step
+    loss = summed cross-entropy of the caption tokens / learned tokens of the whole step
          + args.contrastive * InfoNCE(mean modality token, CLAP's caption embedding)
          + args.gate_l2 * sum of squared gates,
-    the last two divided by batch.parts: the losses of a step's micro-batches and processes add
-    up to the loss of the step. Only the layers above the trunk run.
+    the last two divided by batch.parts: the losses of a step's Batches add up to the loss of
+    the step. batch.states are the outputs of the frozen trunk, the layers below the first
+    fusion, computed once for each caption: only the layers above it run.
     """
     backbone, P = model.backbone, len(model.prompt)
     with backbone.autocast(), model.attach(batch.clips) as tokens:
         out = model.head(inputs_embeds=batch.states, use_cache=False)
         hidden = out.last_hidden_state[:, P - 1:-1]                           # (B, T, D)
-        lm_head = backbone.llava.lm_head
-        if 4 * batch.targets.numel() * lm_head.out_features > LOGITS_IN_MEMORY:
-            xe = sliced_caption_loss(hidden, batch.targets, lm_head)
-        else:
-            xe = caption_loss(lm_head(hidden), batch.targets)                 # (B, T, V)
-        xe = xe / batch.tokens
+        xe = caption_loss(hidden, batch.targets, backbone.llava.lm_head)
+        xe = xe / batch.learned_tokens
     loss = xe + args.gate_l2 * model.fusion.gate_penalty() / batch.parts
     terms = {"xe": xe.detach(), "contrastive": 0.0}
     if args.contrastive:
@@ -364,7 +360,9 @@ class TrainingCaptions(TrunkStates):
         tokens = sum(self.learned[caption] for _, caption in rows)
         if stage == "xe":
             rows.sort(key=lambda row: len(self.ids[row[1]]))  # little padding
-        micro_batch = args.micro_batch if stage == "xe" else args.scst_micro_batch
+        micro_batch = args.micro_batch
+        if stage == "scst":
+            micro_batch = args.scst_micro_batch or micro_batch
         size = micro_batch // WORLD
         parts = args.batch_size // size
         for k in range(args.batch_size // micro_batch):
@@ -437,7 +435,8 @@ def is_finished(args):
         raise InputError(f"{out}: --scst now continues from an XE checkpoint, and there is no run")
     for key, value in vars(args).items():
         may_differ = key in ("out", "cache", "device") or now and key.startswith("scst")
-        if old and not may_differ and old.get(key, value) != value:
+        off = key not in old and value in (0, None, "auto")  # a flag that is newer than the run
+        if old and not may_differ and not off and old.get(key) != value:
             raise InputError(f"{out} holds a run with --{key.replace('_', '-')} {old.get(key)}, "
                              f"not {value}: choose another --out, or remove that folder")
     stages = read_json(out / "training.json").get("stages", {})
