@@ -18,6 +18,7 @@ except (OSError, RuntimeError):
     import torchaudio
 
 import argparse
+import collections
 import contextlib
 import csv
 import difflib
@@ -31,6 +32,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import unicodedata
 import urllib.parse
 import warnings
@@ -56,6 +58,7 @@ FOLDERS = {"train": "train", "development": "train", "dev": "train", "val": "val
            "test": "test", "evaluation": "test", "eval": "test"}  # words in the names of a split's folders
 DCASE = {"test": "DCASE", "analysis": "DCASE"}  # with Clotho these hold other recordings
 UNSAFE = r"""[<>:"/\\|?*'‘’“”\u29f8\uf000-\uf0ff\x00-\x1f]"""  # what file systems and unpackers replace
+CHUNK = 16  # clips that an encoder takes at once
 CACHE_FORMAT = {"audio": 1, "video": 2}  # raise it when decoding, windows or pooling change
 
 
@@ -640,36 +643,47 @@ class AudioEncoder:
         self.width = self.model.config.audio_config.hidden_size
         self.embed_dim = self.model.config.projection_dim
 
-    def _windows(self, wave):
-        """[(samples, the share of them that is new)]: consecutive windows, the last one right-aligned."""
+    def prepare(self, wave):
+        """(mels, shares) of a mono float32 wave, for `encode_prepared`; threads may call this at once.
+
+        mels: (windows, channels, time, mel) float32 of consecutive windows, the last one right-aligned.
+        shares: the part of each window that no earlier one holds."""
         size, tail = self.size, len(wave) % self.size if len(wave) > self.size else 0
-        windows = [(wave[i:i + size], 1.0) for i in range(0, max(len(wave) - size, 0) + 1, size)]
+        windows = [wave[i:i + size] for i in range(0, max(len(wave) - size, 0) + 1, size)]
+        shares = [1.0] * len(windows)
         if tail >= self.rate:  # a tail below one second is dropped
-            windows.append((wave[-size:], tail / size))
-        return windows
+            windows.append(wave[-size:])
+            shares.append(tail / size)
+        mels = self.extractor(windows, sampling_rate=self.rate, return_tensors="pt")["input_features"]
+        return mels.float(), shares
 
     @torch.no_grad()
+    def encode_prepared(self, prepared, batch_size=32):
+        """As `encode`, of what `prepare` returned for each clip; batch_size: windows at once."""
+        windows = []
+        for i, (mels, shares) in enumerate(prepared):
+            windows += [(i, mel, share) for mel, share in zip(mels, shares)]
+        frames = [[] for _ in prepared]
+        embeds = torch.zeros(len(prepared), self.embed_dim)
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start:start + batch_size]
+            mels = torch.stack([mel for _, mel, _ in batch]).to(self.device, non_blocking=True)
+            # for the fused model the extractor marks a random clip as longer than the window; none is
+            longer = torch.zeros(len(batch), 1, dtype=torch.bool, device=self.device)
+            out = self.model.get_audio_features(mels, is_longer=longer)
+            hidden = out.last_hidden_state.mean(2).transpose(1, 2).cpu()  # (B, E, freq, S) → (B, S, E)
+            for (i, _, share), h, embed in zip(batch, hidden, out.pooler_output.cpu()):
+                frames[i].append(h[-math.ceil(share * len(h)):])
+                embeds[i] += embed
+        frames = [torch.cat(parts) for parts in frames]
+        return frames, torch.nn.functional.normalize(embeds, dim=-1)
+
     def encode(self, waves, batch_size=32):
         """Frames [(S_i, E)] in time order and L2-normalised embeddings (n, P) of mono float32 waves.
 
         A clip longer than the window is encoded in several: the frames follow each other without overlap, and
         the embedding is the normalised mean."""
-        windows = [(i, *window) for i, wave in enumerate(waves) for window in self._windows(wave)]
-        frames = [[] for _ in waves]
-        embeds = torch.zeros(len(waves), self.embed_dim)
-        for start in range(0, len(windows), batch_size):
-            batch = windows[start:start + batch_size]
-            samples = [samples for _, samples, _ in batch]
-            mels = self.extractor(samples, sampling_rate=self.rate, return_tensors="pt")["input_features"]
-            # for the fused model the extractor marks a random clip as longer than the window; none is
-            longer = torch.zeros(len(batch), 1, dtype=torch.bool, device=self.device)
-            out = self.model.get_audio_features(mels.float().to(self.device), is_longer=longer)
-            hidden = out.last_hidden_state.mean(2).transpose(1, 2).cpu()  # (B, E, freq, S) → (B, S, E)
-            for (i, _, new), h, embed in zip(batch, hidden, out.pooler_output.cpu()):
-                frames[i].append(h[-math.ceil(new * len(h)):])
-                embeds[i] += embed
-        frames = [torch.cat(parts) for parts in frames]
-        return frames, torch.nn.functional.normalize(embeds, dim=-1)
+        return self.encode_prepared([self.prepare(wave) for wave in waves], batch_size)
 
     @torch.no_grad()
     def embed_text(self, texts, batch_size=64):
@@ -697,18 +711,26 @@ class VideoEncoder:
         self.frames, self.width = self.model.config.num_frames, self.model.config.hidden_size
         self.embed_dim = self.width
 
+    def prepare(self, video):
+        """Pixels (F, 3, height, width) of a video uint8 (F, H, W, 3), for `encode_prepared`; for threads."""
+        return self.processor([list(video)], return_tensors="pt")["pixel_values"][0]
+
     @torch.no_grad()
-    def encode(self, videos, batch_size=8):
-        """Frames [(F, E)] in time order and their means (n, E), of videos uint8 (F, H, W, 3)."""
+    def encode_prepared(self, prepared, batch_size=8):
+        """As `encode`, of what `prepare` returned for each video."""
         frames = []
-        for start in range(0, len(videos), batch_size):
-            batch = [list(video) for video in videos[start:start + batch_size]]
-            pixels = self.processor(batch, return_tensors="pt")["pixel_values"].to(self.device)
-            B, F = pixels.shape[:2]
+        for start in range(0, len(prepared), batch_size):
+            pixels = torch.stack(prepared[start:start + batch_size])
+            B, F = pixels.shape[:2]  # (B, F, 3, height, width)
+            pixels = pixels.to(self.device, non_blocking=True)
             hidden = self.model(pixels).last_hidden_state[:, 1:].cpu()  # (B, patches * F, E), no class token
             frames += hidden.reshape(B, -1, F, self.width).mean(1)  # the F moments of a patch are neighbours
         means = [f.mean(0) for f in frames]
         return frames, torch.stack(means) if frames else torch.zeros(0, self.width)
+
+    def encode(self, videos, batch_size=8):
+        """Frames [(F, E)] in time order and their means (n, E), of videos uint8 (F, H, W, 3)."""
+        return self.encode_prepared([self.prepare(video) for video in videos], batch_size)
 
 
 # ---------------------------------------------------------------- cache of features
@@ -796,49 +818,72 @@ def _build_features(path, split, encoder, modality, pool):
         if cached is None:
             for tmp in path.parent.glob(f"{path.name}.tmp.*"):  # of a job that was killed
                 tmp.unlink()
-            tensors, notes = _compute(split, encoder, modality, pool)
-            with _replacing(path) as tmp:
-                save_file(tensors, tmp, notes)
+            _write_features(path, split, encoder, modality, pool)
             cached = _read_features(path, split)
         lock.unlink(missing_ok=True)  # jobs that wait for it find the finished file
         return cached
 
 
-def _decode(encoder, modality, clip):
-    """The wave or the pictures of a clip, or the InputError."""
+def _prepare(encoder, modality, clip):
+    """The clip, decoded and prepared for the encoder's model, or the InputError."""
     try:
-        return decode_video(clip.path, encoder.frames) if modality == "video" else decode_audio(clip.path, encoder.rate)
+        if modality == "video":
+            return encoder.prepare(decode_video(clip.path, encoder.frames))
+        return encoder.prepare(decode_audio(clip.path, encoder.rate))
     except InputError as error:
         return error
 
 
-def _compute(split, encoder, modality, pool):
-    """Tensors and notes of a cache file; threads decode one chunk ahead of the encoder."""
-    decode = functools.partial(_decode, encoder, modality)
-    chunks = [split.clips[i:i + 16] for i in range(0, len(split.clips), 16)]
-    frames, embeds, ids, bad, ahead = [], [], [], {}, pool.map(decode, chunks[0])
-    with tqdm(total=len(split.clips), desc=f"{modality} features, {split.name}", disable=None) as bar:
-        for chunk, following in itertools.zip_longest(chunks, chunks[1:], fillvalue=()):
-            decoded, ahead = list(zip(chunk, ahead)), pool.map(decode, following)
-            bad |= {clip.id: str(result) for clip, result in decoded if isinstance(result, InputError)}
-            good = [(clip, result) for clip, result in decoded if clip.id not in bad]
-            for (clip, _), f, embed in zip(good, *encoder.encode([result for _, result in good])):
-                f = f.half()
-                if not (f.isfinite().all() and embed.isfinite().all()):
-                    bad[clip.id] = f"{clip.path}: its features are not finite"
-                    continue
-                frames.append(f)
-                embeds.append(embed)
-                ids.append(clip.id)
-            bar.update(len(chunk))
-    reasons = [text.encode(errors="backslashreplace").decode() for text in bad.values()]
-    if not ids:
-        raise InputError(f"none of {len(split.clips)} clips can be decoded; first {reasons[0]}")
-    if bad:
-        print(*reasons[:10], f"{len(bad)} of {len(split.clips)} clips are left out", sep="\n")
-    offsets = torch.tensor([0] + [len(f) for f in frames]).cumsum(0)
-    tensors = {"frames": torch.cat(frames), "offsets": offsets, "embeds": torch.stack(embeds)}
-    return tensors, {"ids": json.dumps(ids), "bad": json.dumps(bad)}
+def _in_order(function, items, pool, ahead):
+    """Yield function(item) for each item; threads are at most `ahead` items ahead of the caller."""
+    jobs = collections.deque()
+    for item in items:
+        jobs.append(pool.submit(function, item))
+        if len(jobs) > ahead:
+            yield jobs.popleft().result()
+    while jobs:
+        yield jobs.popleft().result()
+
+
+def _write_features(path, split, encoder, modality, pool):
+    """Encode a split into a cache file. While the model runs, threads prepare the next clips.
+
+    Frames go to an unnamed file as they come, so that memory does not grow with the split."""
+    prepare = functools.partial(_prepare, encoder, modality)
+    prepared = _in_order(prepare, split.clips, pool, 2 * CHUNK + 2 * os.cpu_count())
+    lengths, embeds, ids, bad = [0], [], [], {}
+    with tempfile.TemporaryFile(dir=path.parent) as file:
+        with tqdm(total=len(split.clips), desc=f"{modality} features, {split.name}", disable=None) as bar:
+            for start in range(0, len(split.clips), CHUNK):
+                good = []
+                chunk = split.clips[start:start + CHUNK]
+                for clip, result in zip(chunk, prepared):
+                    if isinstance(result, InputError):
+                        bad[clip.id] = str(result)
+                    else:
+                        good.append((clip, result))
+                encoded = encoder.encode_prepared([result for _, result in good])
+                for (clip, _), frames, embed in zip(good, *encoded):
+                    frames = frames.half().contiguous()
+                    if not (frames.isfinite().all() and embed.isfinite().all()):
+                        bad[clip.id] = f"{clip.path}: its features are not finite"
+                        continue
+                    file.write(frames.numpy())
+                    width = frames.shape[1]
+                    lengths.append(len(frames))
+                    embeds.append(embed)
+                    ids.append(clip.id)
+                bar.update(len(chunk))
+        reasons = [text.encode(errors="backslashreplace").decode() for text in bad.values()]
+        if not ids:
+            raise InputError(f"none of {len(split.clips)} clips can be decoded; first {reasons[0]}")
+        if bad:
+            print(*reasons[:10], f"{len(bad)} of {len(split.clips)} clips are left out", sep="\n")
+        mapped = np.memmap(file, np.float16, "c").reshape(-1, width)
+        tensors = {"frames": torch.from_numpy(mapped), "offsets": torch.tensor(lengths).cumsum(0),
+                   "embeds": torch.stack(embeds)}
+        with _replacing(path) as tmp:
+            save_file(tensors, tmp, {"ids": json.dumps(ids), "bad": json.dumps(bad)})
 
 
 def _read_features(path, split):

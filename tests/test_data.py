@@ -380,7 +380,7 @@ def test_cache_gives_the_same_without_encoding(clotho, clap, tmp_path, monkeypat
         assert features[i].dtype == torch.float32
         torch.testing.assert_close(features[i], f, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(features.embeds, embeds, rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(clap, "encode", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(clap, "prepare", lambda *_: pytest.fail("encoded again"))
     again = load_features(read_split("clotho", clotho, "test"), clap, tmp_path / "cache")
     assert torch.equal(again.frames, features.frames) and torch.equal(again.embeds, features.embeds)
     assert torch.equal(again[-1], features[5]) and again.index["3.wav"] == 3
@@ -436,7 +436,9 @@ JOB = """
 import json, sys, time, data, torch
 class Slow:  # counts its calls and takes its time
     hash, rate, calls = "slow", 16000, 0
-    def encode(self, waves):
+    def prepare(self, wave):
+        return wave
+    def encode_prepared(self, waves):
         self.calls += 1
         time.sleep(float(sys.argv[3]))
         return [torch.full((2, 3), len(wave) / 16000) for wave in waves], torch.ones(len(waves), 3)
