@@ -4,8 +4,8 @@
     python -c "import data; print(data.decode_audio('tiny/data/av/videos/test_0000.mp4', 16000).shape)"
 
 A person's mistake raises InputError: one line with the file, its line and what to do. Nothing is unpickled,
-and no code that comes with a model is run. Letters: B clips, S encoder frames, E encoder width, P width of the
-space that sound and text share, F pictures of a video.
+and no code that comes with a model is run.
+B: clips. S: encoder frames. E: encoder width. P: width of the space that sound and text share. F: pictures.
 """
 try:
     import torchaudio
@@ -59,6 +59,7 @@ FOLDERS = {"train": "train", "development": "train", "dev": "train", "val": "val
 DCASE = {"test": "DCASE", "analysis": "DCASE"}  # with Clotho these hold other recordings
 UNSAFE = r"""[<>:"/\\|?*'‘’“”\u29f8\uf000-\uf0ff\x00-\x1f]"""  # what file systems and unpackers replace
 CHUNK = 16  # clips that an encoder takes at once
+THREADS = min(16, os.cpu_count())  # more would wait for Python's lock, held for a fifth of decoding or more
 CACHE_FORMAT = {"audio": 1, "video": 2}  # raise it when decoding, windows or pooling change
 
 
@@ -158,7 +159,7 @@ def read_split(dataset, root, split):
 
 
 def _walk(root, words):
-    """{path: split} of the files in `root` and below; split: the one that the deepest folder's name says, or None.
+    """{path: split or None} of the files in `root` and below, as the name of the deepest folder says.
 
     words: {word in a folder's name: split}. Links to folders are followed. Loops are not: no folder is read
     inside itself, or more than three times."""
@@ -204,7 +205,7 @@ def _choose(table, name, copies, rank):
     """The copy with the lowest rank. Raises InputError if another one has that rank and other bytes."""
     first, *others = sorted(copies, key=lambda path: (rank(path), path))
     for other in others:
-        if rank(other) == rank(first) and not (os.path.samefile(first, other) or filecmp.cmp(first, other, False)):
+        if rank(other) == rank(first) and not filecmp.cmp(first, other, shallow=False):
             raise InputError(f"{table}: {name} could be {first} or {other}; move one of them away")
     return first
 
@@ -281,7 +282,7 @@ def _named_files(table, files, split):
 
 
 def _locate(names, table, files, split):
-    """{name: path} for the names in a table: the file as named, else the one that a person would say it is."""
+    """{name: path} for the names in a table: the file as named, else the nearest spelling."""
     wanted, keys, depths = {}, {}, {0}
     for name in names:
         *parents, base = re.split(r"[/\\]+", name)
@@ -477,10 +478,10 @@ def _decoded(path, kind):
                 good += bool(frames)
                 yield from frames
     except (av.FFmpegError, OSError) as error:
-        reason = error.strerror or error
+        reason = f"decoded as {kind} ({error.strerror or error})"
         if not good:
-            raise InputError(f"{path}: cannot be decoded as {kind} ({reason})") from None
-        _print_once(f"{path}: only a first part can be decoded as {kind} ({reason})")
+            raise InputError(f"{path}: cannot be {reason}") from None
+        _print_once(f"{path}: only a first part can be {reason}")
     if damaged >= good:  # a few bad packets are tolerated, as every player does
         raise InputError(f"{path}: cannot be decoded as {kind} (empty or damaged)")
 
@@ -495,11 +496,8 @@ def decode_audio(path, rate, max_seconds=MAX_SECONDS):
     """Sound of any audio or video file as mono float32 (samples,) at `rate` Hz, at most `max_seconds` of it.
 
     Channels are averaged. Raises InputError when there is no sound in the file or it is not finite."""
-    def layout(frame):  # it may change midway
-        return frame.sample_rate, frame.layout.name, frame.format.name
-
     waves, seconds = [torch.zeros(0)], 0
-    for (source, *_), frames in itertools.groupby(_decoded(path, "audio"), layout):
+    for (source, *_), frames in itertools.groupby(_decoded(path, "audio"), _layout):
         if not 1000 <= source <= 1_000_000:
             raise InputError(f"{path}: has a sample rate of {source}, which is impossible")
         wave = _mono(path, frames, (max_seconds - seconds) * source)
@@ -515,6 +513,10 @@ def decode_audio(path, rate, max_seconds=MAX_SECONDS):
     if len(wave) > limit:
         _print_once(f"{path}: is longer than {max_seconds:g} seconds; the rest of its sound is ignored")
     return wave[:limit].numpy()
+
+
+def _layout(frame):
+    return frame.sample_rate, frame.layout.name, frame.format.name  # may change midway
 
 
 def _mono(path, frames, limit):
@@ -606,7 +608,7 @@ def noisy(wave, snr_db, generator, noise=None):
 # ---------------------------------------------------------------- frozen encoders
 
 def _pretrained(path, model_class, processor_class):
-    """A frozen model, its preprocessor, and the sha256 of the weights and settings that its output depends on."""
+    """A frozen model, its preprocessor, and the sha256 of the weights and settings behind its output."""
     local = Path(path).is_dir()
     try:  # safetensors only: a pickle in a downloaded folder could run anything
         model, report = model_class.from_pretrained(
@@ -776,7 +778,7 @@ class ClipFrames:
 
 
 def lock_or_wait(file, message):
-    """Lock an open file (or descriptor) until it is closed. Prints `message` if another process has the lock."""
+    """Lock an open file or descriptor until it is closed. Prints `message` if it has to wait."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -794,7 +796,7 @@ def load_features(split, encoder, cache_dir, modality="audio"):
     folder = Path(cache_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             hashes = _file_hashes(split, folder, pool)
             key = _sha([CACHE_FORMAT[modality], modality, encoder.hash, hashes])
             path = folder / f"{modality}_{split.name}_{key[:32]}.safetensors"
@@ -850,20 +852,19 @@ def _write_features(path, split, encoder, modality, pool):
 
     Frames go to an unnamed file as they come, so that memory does not grow with the split."""
     prepare = functools.partial(_prepare, encoder, modality)
-    prepared = _in_order(prepare, split.clips, pool, 2 * CHUNK + 2 * os.cpu_count())
+    prepared = _in_order(prepare, split.clips, pool, 4 * CHUNK)
     lengths, embeds, ids, bad = [0], [], [], {}
     with tempfile.TemporaryFile(dir=path.parent) as file:
         with tqdm(total=len(split.clips), desc=f"{modality} features, {split.name}", disable=None) as bar:
             for start in range(0, len(split.clips), CHUNK):
-                good = []
-                chunk = split.clips[start:start + CHUNK]
+                chunk, clips, inputs = split.clips[start:start + CHUNK], [], []
                 for clip, result in zip(chunk, prepared):
                     if isinstance(result, InputError):
                         bad[clip.id] = str(result)
                     else:
-                        good.append((clip, result))
-                encoded = encoder.encode_prepared([result for _, result in good])
-                for (clip, _), frames, embed in zip(good, *encoded):
+                        clips.append(clip)
+                        inputs.append(result)
+                for clip, frames, embed in zip(clips, *encoder.encode_prepared(inputs)):
                     frames = frames.half().contiguous()
                     if not (frames.isfinite().all() and embed.isfinite().all()):
                         bad[clip.id] = f"{clip.path}: its features are not finite"
@@ -943,8 +944,7 @@ class Backbone:
     """A frozen LLaVA: .llava, .decoder (what a fusion attaches to), .tokenizer, .device.
 
     Prompts and answers are written as the checkpoint's own chat template writes them.
-    Raises InputError when it cannot be loaded or its parts do not fit together.
-    """
+    Raises InputError when it cannot be loaded or its parts do not fit together."""
 
     def __init__(self, path, device, dtype="auto"):
         from transformers import AutoProcessor, LlavaForConditionalGeneration, logging
@@ -973,9 +973,7 @@ class Backbone:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.eos)
         self.pad = self.tokenizer.pad_token_id
-        # concat's placeholders carry no content of their own; a word repeated
-        # sixteen times would derail a small decoder
-        self.placeholder = self.pad
+        self.placeholder = self.pad  # for concat; a word repeated sixteen times derails a small decoder
 
     def _check_images(self):
         """Tell the processor what old checkpoints leave out: how many tokens an image takes."""
@@ -1000,18 +998,16 @@ class Backbone:
 
         As the chat template renders them. Where it renders no answer, or begins it otherwise
         than it ends the prompt: a space, or nothing after white space. Where no special token
-        follows the answer: the tokenizer's eos.
-        """
+        follows the answer: the tokenizer's eos."""
         prompt, answer = self.chat("question"), "@answer@"
         try:
             whole = self.chat("question", answer=answer)
         except (jinja2.TemplateError, TypeError, ValueError):
             whole = ""
         before, _, after = whole.partition(answer)
+        between = "" if prompt[-1:].isspace() else " "
         if answer in whole and before.startswith(prompt):
             between = before[len(prompt):]
-        else:
-            between = "" if prompt[-1:].isspace() else " "
         eos = self.tokenizer.eos_token_id
         for id, token in self.tokenizer.added_tokens_decoder.items():
             if token.special and after.startswith(token.content):
@@ -1026,19 +1022,17 @@ class Backbone:
     @functools.lru_cache(maxsize=1024)  # noqa: B019  filling the template takes .2 ms
     def chat(self, text, image=False, answer=None):
         """A user's turn in the model's own chat format, up to the answer, or with it."""
-        content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
-        turns = [{"role": "user", "content": content}]
+        question = [{"type": "image"}] * image + [{"type": "text", "text": text}]
+        turns = [{"role": "user", "content": question}]
         if answer is not None:
-            content = [{"type": "text", "text": answer}]
-            turns.append({"role": "assistant", "content": content})
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         chat = self.processor.apply_chat_template(turns, add_generation_prompt=answer is None)
         return chat.removeprefix(self.bos)
 
     def prompt(self, text, placeholders=0):
         """Token ids of a prompt without an image, and the positions of its placeholders.
 
-        The placeholders are where an image would be; None where there are none.
-        """
+        The placeholders are where an image would be; None where there are none."""
         if not placeholders:
             return self.tokenizer(self.chat(text)).input_ids, None
         ids = self.tokenizer(self.chat(text, image=True)).input_ids
