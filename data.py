@@ -853,7 +853,7 @@ def _write_features(path, split, encoder, modality, pool):
     Frames go to an unnamed file as they come, so that memory does not grow with the split."""
     prepare = functools.partial(_prepare, encoder, modality)
     prepared = _in_order(prepare, split.clips, pool, 4 * CHUNK)
-    lengths, embeds, ids, bad = [0], [], [], {}
+    lengths, ids, bad = [0], [], {}
     with tempfile.TemporaryFile(dir=path.parent) as file:
         with tqdm(total=len(split.clips), desc=f"{modality} features, {split.name}", disable=None) as bar:
             for start in range(0, len(split.clips), CHUNK):
@@ -869,10 +869,11 @@ def _write_features(path, split, encoder, modality, pool):
                     if not (frames.isfinite().all() and embed.isfinite().all()):
                         bad[clip.id] = f"{clip.path}: its features are not finite"
                         continue
+                    if not ids:  # many small tensors between the large ones would fragment the heap
+                        width, embeds = frames.shape[1], torch.empty(len(split.clips), len(embed))
                     file.write(frames.numpy())
-                    width = frames.shape[1]
+                    embeds[len(ids)] = embed
                     lengths.append(len(frames))
-                    embeds.append(embed)
                     ids.append(clip.id)
                 bar.update(len(chunk))
         reasons = [text.encode(errors="backslashreplace").decode() for text in bad.values()]
@@ -882,7 +883,7 @@ def _write_features(path, split, encoder, modality, pool):
             print(*reasons[:10], f"{len(bad)} of {len(split.clips)} clips are left out", sep="\n")
         mapped = np.memmap(file, np.float16, "c").reshape(-1, width)
         tensors = {"frames": torch.from_numpy(mapped), "offsets": torch.tensor(lengths).cumsum(0),
-                   "embeds": torch.stack(embeds)}
+                   "embeds": embeds[:len(ids)]}
         with _replacing(path) as tmp:
             save_file(tensors, tmp, {"ids": json.dumps(ids), "bad": json.dumps(bad)})
 

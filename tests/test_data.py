@@ -534,12 +534,12 @@ def test_memory_does_not_grow_with_the_split(tmp_path, monkeypatch):
             note()
             return [torch.full((512, 1024), i) for i in range(len(clips))], torch.ones(len(clips), 3)
 
-    split = split_of(tmp_path / "a.wav", 8 * data.CHUNK)
+    split = split_of(tmp_path / "a.wav", 16 * data.CHUNK)
     monkeypatch.setattr(data, "save_file", lambda *args: (save_file(*args), note()))
     features = load_features(split, Large(), tmp_path / "cache")
     note()
-    assert features.frames.numel() * 2 == 128 * 2 ** 20  # bytes of all frames
-    assert len(held) == 10 and max(held[2:]) - held[2] < 24
+    assert features.frames.numel() * 2 == 256 * 2 ** 20  # bytes of all frames
+    assert len(held) == 18 and max(held[2:]) - held[2] < 64  # a pass has 48 MB, the allocator its holes
     assert all((features[i] == i % data.CHUNK).all() for i in range(len(features)))
 
 
