@@ -4,8 +4,8 @@
     python -c "import data; print(data.decode_audio('tiny/data/av/videos/test_0000.mp4', 16000).shape)"
 
 A person's mistake raises InputError: one line with the file, its line and what to do. Nothing is unpickled,
-and no code that comes with a model is run. Letters: B clips, S encoder frames, E encoder width, P width of the
-space that sound and text share, F pictures of a video.
+and no code that comes with a model is run.
+B: clips. S: encoder frames. E: encoder width. P: width of the space that sound and text share. F: pictures.
 """
 try:
     import torchaudio
@@ -18,6 +18,7 @@ except (OSError, RuntimeError):
     import torchaudio
 
 import argparse
+import collections
 import contextlib
 import csv
 import difflib
@@ -31,6 +32,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import unicodedata
 import urllib.parse
 import warnings
@@ -56,6 +58,8 @@ FOLDERS = {"train": "train", "development": "train", "dev": "train", "val": "val
            "test": "test", "evaluation": "test", "eval": "test"}  # words in the names of a split's folders
 DCASE = {"test": "DCASE", "analysis": "DCASE"}  # with Clotho these hold other recordings
 UNSAFE = r"""[<>:"/\\|?*'‘’“”\u29f8\uf000-\uf0ff\x00-\x1f]"""  # what file systems and unpackers replace
+CHUNK = 16  # clips that an encoder takes at once
+THREADS = min(16, os.cpu_count())  # more would wait for Python's lock, held for a fifth of decoding or more
 CACHE_FORMAT = {"audio": 1, "video": 2}  # raise it when decoding, windows or pooling change
 
 
@@ -155,7 +159,7 @@ def read_split(dataset, root, split):
 
 
 def _walk(root, words):
-    """{path: split} of the files in `root` and below; split: the one that the deepest folder's name says, or None.
+    """{path: split or None} of the files in `root` and below, as the name of the deepest folder says.
 
     words: {word in a folder's name: split}. Links to folders are followed. Loops are not: no folder is read
     inside itself, or more than three times."""
@@ -201,7 +205,7 @@ def _choose(table, name, copies, rank):
     """The copy with the lowest rank. Raises InputError if another one has that rank and other bytes."""
     first, *others = sorted(copies, key=lambda path: (rank(path), path))
     for other in others:
-        if rank(other) == rank(first) and not (os.path.samefile(first, other) or filecmp.cmp(first, other, False)):
+        if rank(other) == rank(first) and not filecmp.cmp(first, other, shallow=False):
             raise InputError(f"{table}: {name} could be {first} or {other}; move one of them away")
     return first
 
@@ -278,7 +282,7 @@ def _named_files(table, files, split):
 
 
 def _locate(names, table, files, split):
-    """{name: path} for the names in a table: the file as named, else the one that a person would say it is."""
+    """{name: path} for the names in a table: the file as named, else the nearest spelling."""
     wanted, keys, depths = {}, {}, {0}
     for name in names:
         *parents, base = re.split(r"[/\\]+", name)
@@ -474,10 +478,10 @@ def _decoded(path, kind):
                 good += bool(frames)
                 yield from frames
     except (av.FFmpegError, OSError) as error:
-        reason = error.strerror or error
+        reason = f"decoded as {kind} ({error.strerror or error})"
         if not good:
-            raise InputError(f"{path}: cannot be decoded as {kind} ({reason})") from None
-        _print_once(f"{path}: only a first part can be decoded as {kind} ({reason})")
+            raise InputError(f"{path}: cannot be {reason}") from None
+        _print_once(f"{path}: only a first part can be {reason}")
     if damaged >= good:  # a few bad packets are tolerated, as every player does
         raise InputError(f"{path}: cannot be decoded as {kind} (empty or damaged)")
 
@@ -492,11 +496,8 @@ def decode_audio(path, rate, max_seconds=MAX_SECONDS):
     """Sound of any audio or video file as mono float32 (samples,) at `rate` Hz, at most `max_seconds` of it.
 
     Channels are averaged. Raises InputError when there is no sound in the file or it is not finite."""
-    def layout(frame):  # it may change midway
-        return frame.sample_rate, frame.layout.name, frame.format.name
-
     waves, seconds = [torch.zeros(0)], 0
-    for (source, *_), frames in itertools.groupby(_decoded(path, "audio"), layout):
+    for (source, *_), frames in itertools.groupby(_decoded(path, "audio"), _layout):
         if not 1000 <= source <= 1_000_000:
             raise InputError(f"{path}: has a sample rate of {source}, which is impossible")
         wave = _mono(path, frames, (max_seconds - seconds) * source)
@@ -512,6 +513,10 @@ def decode_audio(path, rate, max_seconds=MAX_SECONDS):
     if len(wave) > limit:
         _print_once(f"{path}: is longer than {max_seconds:g} seconds; the rest of its sound is ignored")
     return wave[:limit].numpy()
+
+
+def _layout(frame):
+    return frame.sample_rate, frame.layout.name, frame.format.name  # may change midway
 
 
 def _mono(path, frames, limit):
@@ -603,7 +608,7 @@ def noisy(wave, snr_db, generator, noise=None):
 # ---------------------------------------------------------------- frozen encoders
 
 def _pretrained(path, model_class, processor_class):
-    """A frozen model, its preprocessor, and the sha256 of the weights and settings that its output depends on."""
+    """A frozen model, its preprocessor, and the sha256 of the weights and settings behind its output."""
     local = Path(path).is_dir()
     try:  # safetensors only: a pickle in a downloaded folder could run anything
         model, report = model_class.from_pretrained(
@@ -640,36 +645,47 @@ class AudioEncoder:
         self.width = self.model.config.audio_config.hidden_size
         self.embed_dim = self.model.config.projection_dim
 
-    def _windows(self, wave):
-        """[(samples, the share of them that is new)]: consecutive windows, the last one right-aligned."""
+    def prepare(self, wave):
+        """(mels, shares) of a mono float32 wave, for `encode_prepared`; threads may call this at once.
+
+        mels: (windows, channels, time, mel) float32 of consecutive windows, the last one right-aligned.
+        shares: the part of each window that no earlier one holds."""
         size, tail = self.size, len(wave) % self.size if len(wave) > self.size else 0
-        windows = [(wave[i:i + size], 1.0) for i in range(0, max(len(wave) - size, 0) + 1, size)]
+        windows = [wave[i:i + size] for i in range(0, max(len(wave) - size, 0) + 1, size)]
+        shares = [1.0] * len(windows)
         if tail >= self.rate:  # a tail below one second is dropped
-            windows.append((wave[-size:], tail / size))
-        return windows
+            windows.append(wave[-size:])
+            shares.append(tail / size)
+        mels = self.extractor(windows, sampling_rate=self.rate, return_tensors="pt")["input_features"]
+        return mels.float(), shares
 
     @torch.no_grad()
+    def encode_prepared(self, prepared, batch_size=32):
+        """As `encode`, of what `prepare` returned for each clip; batch_size: windows at once."""
+        windows = []
+        for i, (mels, shares) in enumerate(prepared):
+            windows += [(i, mel, share) for mel, share in zip(mels, shares)]
+        frames = [[] for _ in prepared]
+        embeds = torch.zeros(len(prepared), self.embed_dim)
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start:start + batch_size]
+            mels = torch.stack([mel for _, mel, _ in batch]).to(self.device, non_blocking=True)
+            # for the fused model the extractor marks a random clip as longer than the window; none is
+            longer = torch.zeros(len(batch), 1, dtype=torch.bool, device=self.device)
+            out = self.model.get_audio_features(mels, is_longer=longer)
+            hidden = out.last_hidden_state.mean(2).transpose(1, 2).cpu()  # (B, E, freq, S) → (B, S, E)
+            for (i, _, share), h, embed in zip(batch, hidden, out.pooler_output.cpu()):
+                frames[i].append(h[-math.ceil(share * len(h)):])
+                embeds[i] += embed
+        frames = [torch.cat(parts) for parts in frames]
+        return frames, torch.nn.functional.normalize(embeds, dim=-1)
+
     def encode(self, waves, batch_size=32):
         """Frames [(S_i, E)] in time order and L2-normalised embeddings (n, P) of mono float32 waves.
 
         A clip longer than the window is encoded in several: the frames follow each other without overlap, and
         the embedding is the normalised mean."""
-        windows = [(i, *window) for i, wave in enumerate(waves) for window in self._windows(wave)]
-        frames = [[] for _ in waves]
-        embeds = torch.zeros(len(waves), self.embed_dim)
-        for start in range(0, len(windows), batch_size):
-            batch = windows[start:start + batch_size]
-            samples = [samples for _, samples, _ in batch]
-            mels = self.extractor(samples, sampling_rate=self.rate, return_tensors="pt")["input_features"]
-            # for the fused model the extractor marks a random clip as longer than the window; none is
-            longer = torch.zeros(len(batch), 1, dtype=torch.bool, device=self.device)
-            out = self.model.get_audio_features(mels.float().to(self.device), is_longer=longer)
-            hidden = out.last_hidden_state.mean(2).transpose(1, 2).cpu()  # (B, E, freq, S) → (B, S, E)
-            for (i, _, new), h, embed in zip(batch, hidden, out.pooler_output.cpu()):
-                frames[i].append(h[-math.ceil(new * len(h)):])
-                embeds[i] += embed
-        frames = [torch.cat(parts) for parts in frames]
-        return frames, torch.nn.functional.normalize(embeds, dim=-1)
+        return self.encode_prepared([self.prepare(wave) for wave in waves], batch_size)
 
     @torch.no_grad()
     def embed_text(self, texts, batch_size=64):
@@ -697,18 +713,26 @@ class VideoEncoder:
         self.frames, self.width = self.model.config.num_frames, self.model.config.hidden_size
         self.embed_dim = self.width
 
+    def prepare(self, video):
+        """Pixels (F, 3, height, width) of a video uint8 (F, H, W, 3), for `encode_prepared`; for threads."""
+        return self.processor([list(video)], return_tensors="pt")["pixel_values"][0]
+
     @torch.no_grad()
-    def encode(self, videos, batch_size=8):
-        """Frames [(F, E)] in time order and their means (n, E), of videos uint8 (F, H, W, 3)."""
+    def encode_prepared(self, prepared, batch_size=8):
+        """As `encode`, of what `prepare` returned for each video."""
         frames = []
-        for start in range(0, len(videos), batch_size):
-            batch = [list(video) for video in videos[start:start + batch_size]]
-            pixels = self.processor(batch, return_tensors="pt")["pixel_values"].to(self.device)
-            B, F = pixels.shape[:2]
+        for start in range(0, len(prepared), batch_size):
+            pixels = torch.stack(prepared[start:start + batch_size])
+            B, F = pixels.shape[:2]  # (B, F, 3, height, width)
+            pixels = pixels.to(self.device, non_blocking=True)
             hidden = self.model(pixels).last_hidden_state[:, 1:].cpu()  # (B, patches * F, E), no class token
             frames += hidden.reshape(B, -1, F, self.width).mean(1)  # the F moments of a patch are neighbours
         means = [f.mean(0) for f in frames]
         return frames, torch.stack(means) if frames else torch.zeros(0, self.width)
+
+    def encode(self, videos, batch_size=8):
+        """Frames [(F, E)] in time order and their means (n, E), of videos uint8 (F, H, W, 3)."""
+        return self.encode_prepared([self.prepare(video) for video in videos], batch_size)
 
 
 # ---------------------------------------------------------------- cache of features
@@ -754,7 +778,7 @@ class ClipFrames:
 
 
 def lock_or_wait(file, message):
-    """Lock an open file (or descriptor) until it is closed. Prints `message` if another process has the lock."""
+    """Lock an open file or descriptor until it is closed. Prints `message` if it has to wait."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -772,7 +796,7 @@ def load_features(split, encoder, cache_dir, modality="audio"):
     folder = Path(cache_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             hashes = _file_hashes(split, folder, pool)
             key = _sha([CACHE_FORMAT[modality], modality, encoder.hash, hashes])
             path = folder / f"{modality}_{split.name}_{key[:32]}.safetensors"
@@ -796,49 +820,72 @@ def _build_features(path, split, encoder, modality, pool):
         if cached is None:
             for tmp in path.parent.glob(f"{path.name}.tmp.*"):  # of a job that was killed
                 tmp.unlink()
-            tensors, notes = _compute(split, encoder, modality, pool)
-            with _replacing(path) as tmp:
-                save_file(tensors, tmp, notes)
+            _write_features(path, split, encoder, modality, pool)
             cached = _read_features(path, split)
         lock.unlink(missing_ok=True)  # jobs that wait for it find the finished file
         return cached
 
 
-def _decode(encoder, modality, clip):
-    """The wave or the pictures of a clip, or the InputError."""
+def _prepare(encoder, modality, clip):
+    """The clip, decoded and prepared for the encoder's model, or the InputError."""
     try:
-        return decode_video(clip.path, encoder.frames) if modality == "video" else decode_audio(clip.path, encoder.rate)
+        if modality == "video":
+            return encoder.prepare(decode_video(clip.path, encoder.frames))
+        return encoder.prepare(decode_audio(clip.path, encoder.rate))
     except InputError as error:
         return error
 
 
-def _compute(split, encoder, modality, pool):
-    """Tensors and notes of a cache file; threads decode one chunk ahead of the encoder."""
-    decode = functools.partial(_decode, encoder, modality)
-    chunks = [split.clips[i:i + 16] for i in range(0, len(split.clips), 16)]
-    frames, embeds, ids, bad, ahead = [], [], [], {}, pool.map(decode, chunks[0])
-    with tqdm(total=len(split.clips), desc=f"{modality} features, {split.name}", disable=None) as bar:
-        for chunk, following in itertools.zip_longest(chunks, chunks[1:], fillvalue=()):
-            decoded, ahead = list(zip(chunk, ahead)), pool.map(decode, following)
-            bad |= {clip.id: str(result) for clip, result in decoded if isinstance(result, InputError)}
-            good = [(clip, result) for clip, result in decoded if clip.id not in bad]
-            for (clip, _), f, embed in zip(good, *encoder.encode([result for _, result in good])):
-                f = f.half()
-                if not (f.isfinite().all() and embed.isfinite().all()):
-                    bad[clip.id] = f"{clip.path}: its features are not finite"
-                    continue
-                frames.append(f)
-                embeds.append(embed)
-                ids.append(clip.id)
-            bar.update(len(chunk))
-    reasons = [text.encode(errors="backslashreplace").decode() for text in bad.values()]
-    if not ids:
-        raise InputError(f"none of {len(split.clips)} clips can be decoded; first {reasons[0]}")
-    if bad:
-        print(*reasons[:10], f"{len(bad)} of {len(split.clips)} clips are left out", sep="\n")
-    offsets = torch.tensor([0] + [len(f) for f in frames]).cumsum(0)
-    tensors = {"frames": torch.cat(frames), "offsets": offsets, "embeds": torch.stack(embeds)}
-    return tensors, {"ids": json.dumps(ids), "bad": json.dumps(bad)}
+def _in_order(function, items, pool, ahead):
+    """Yield function(item) for each item; threads are at most `ahead` items ahead of the caller."""
+    jobs = collections.deque()
+    for item in items:
+        jobs.append(pool.submit(function, item))
+        if len(jobs) > ahead:
+            yield jobs.popleft().result()
+    while jobs:
+        yield jobs.popleft().result()
+
+
+def _write_features(path, split, encoder, modality, pool):
+    """Encode a split into a cache file. While the model runs, threads prepare the next clips.
+
+    Frames go to an unnamed file as they come, so that memory does not grow with the split."""
+    prepare = functools.partial(_prepare, encoder, modality)
+    prepared = _in_order(prepare, split.clips, pool, 4 * CHUNK)
+    lengths, ids, bad = [0], [], {}
+    with tempfile.TemporaryFile(dir=path.parent) as file:
+        with tqdm(total=len(split.clips), desc=f"{modality} features, {split.name}", disable=None) as bar:
+            for start in range(0, len(split.clips), CHUNK):
+                chunk, clips, inputs = split.clips[start:start + CHUNK], [], []
+                for clip, result in zip(chunk, prepared):
+                    if isinstance(result, InputError):
+                        bad[clip.id] = str(result)
+                    else:
+                        clips.append(clip)
+                        inputs.append(result)
+                for clip, frames, embed in zip(clips, *encoder.encode_prepared(inputs)):
+                    frames = frames.half().contiguous()
+                    if not (frames.isfinite().all() and embed.isfinite().all()):
+                        bad[clip.id] = f"{clip.path}: its features are not finite"
+                        continue
+                    if not ids:  # many small tensors between the large ones would fragment the heap
+                        width, embeds = frames.shape[1], torch.empty(len(split.clips), len(embed))
+                    file.write(frames.numpy())
+                    embeds[len(ids)] = embed
+                    lengths.append(len(frames))
+                    ids.append(clip.id)
+                bar.update(len(chunk))
+        reasons = [text.encode(errors="backslashreplace").decode() for text in bad.values()]
+        if not ids:
+            raise InputError(f"none of {len(split.clips)} clips can be decoded; first {reasons[0]}")
+        if bad:
+            print(*reasons[:10], f"{len(bad)} of {len(split.clips)} clips are left out", sep="\n")
+        mapped = np.memmap(file, np.float16, "c").reshape(-1, width)
+        tensors = {"frames": torch.from_numpy(mapped), "offsets": torch.tensor(lengths).cumsum(0),
+                   "embeds": embeds[:len(ids)]}
+        with _replacing(path) as tmp:
+            save_file(tensors, tmp, {"ids": json.dumps(ids), "bad": json.dumps(bad)})
 
 
 def _read_features(path, split):
@@ -898,8 +945,7 @@ class Backbone:
     """A frozen LLaVA: .llava, .decoder (what a fusion attaches to), .tokenizer, .device.
 
     Prompts and answers are written as the checkpoint's own chat template writes them.
-    Raises InputError when it cannot be loaded or its parts do not fit together.
-    """
+    Raises InputError when it cannot be loaded or its parts do not fit together."""
 
     def __init__(self, path, device, dtype="auto"):
         from transformers import AutoProcessor, LlavaForConditionalGeneration, logging
@@ -928,9 +974,7 @@ class Backbone:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.eos)
         self.pad = self.tokenizer.pad_token_id
-        # concat's placeholders carry no content of their own; a word repeated
-        # sixteen times would derail a small decoder
-        self.placeholder = self.pad
+        self.placeholder = self.pad  # for concat; a word repeated sixteen times derails a small decoder
 
     def _check_images(self):
         """Tell the processor what old checkpoints leave out: how many tokens an image takes."""
@@ -955,18 +999,16 @@ class Backbone:
 
         As the chat template renders them. Where it renders no answer, or begins it otherwise
         than it ends the prompt: a space, or nothing after white space. Where no special token
-        follows the answer: the tokenizer's eos.
-        """
+        follows the answer: the tokenizer's eos."""
         prompt, answer = self.chat("question"), "@answer@"
         try:
             whole = self.chat("question", answer=answer)
         except (jinja2.TemplateError, TypeError, ValueError):
             whole = ""
         before, _, after = whole.partition(answer)
+        between = "" if prompt[-1:].isspace() else " "
         if answer in whole and before.startswith(prompt):
             between = before[len(prompt):]
-        else:
-            between = "" if prompt[-1:].isspace() else " "
         eos = self.tokenizer.eos_token_id
         for id, token in self.tokenizer.added_tokens_decoder.items():
             if token.special and after.startswith(token.content):
@@ -981,19 +1023,17 @@ class Backbone:
     @functools.lru_cache(maxsize=1024)  # noqa: B019  filling the template takes .2 ms
     def chat(self, text, image=False, answer=None):
         """A user's turn in the model's own chat format, up to the answer, or with it."""
-        content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
-        turns = [{"role": "user", "content": content}]
+        question = [{"type": "image"}] * image + [{"type": "text", "text": text}]
+        turns = [{"role": "user", "content": question}]
         if answer is not None:
-            content = [{"type": "text", "text": answer}]
-            turns.append({"role": "assistant", "content": content})
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         chat = self.processor.apply_chat_template(turns, add_generation_prompt=answer is None)
         return chat.removeprefix(self.bos)
 
     def prompt(self, text, placeholders=0):
         """Token ids of a prompt without an image, and the positions of its placeholders.
 
-        The placeholders are where an image would be; None where there are none.
-        """
+        The placeholders are where an image would be; None where there are none."""
         if not placeholders:
             return self.tokenizer(self.chat(text)).input_ids, None
         ids = self.tokenizer(self.chat(text, image=True)).input_ids

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -274,6 +275,24 @@ def test_one_window_is_the_library_call(clap):
         torch.testing.assert_close(embed[0], want_embed)
 
 
+def test_prepared_in_parts_is_encoded_at_once(clap, timesformer_folder):
+    waves = [noise(s, i) for i, s in enumerate((0.2, 9.7, 4.0))]
+    frames, embeds = clap.encode(waves)
+    mels, shares = clap.prepare(waves[1])
+    assert mels.shape[:2] == (3, 1) and mels.dtype == torch.float32 and shares == [1, 1, pytest.approx(1.7 / 4)]
+    library = clap.extractor([waves[1][:WINDOW], waves[1][WINDOW:2 * WINDOW], waves[1][-WINDOW:]],
+                             sampling_rate=RATE, return_tensors="pt")["input_features"]
+    assert torch.equal(mels, library.float())
+    with ThreadPoolExecutor(3) as pool:
+        again, again_embeds = clap.encode_prepared(list(pool.map(clap.prepare, waves)))
+    assert torch.equal(embeds, again_embeds) and all(map(torch.equal, frames, again))
+    encoder = data.VideoEncoder(timesformer_folder)
+    videos = list(np.random.default_rng(0).integers(0, 255, (3, 4, 40, 48, 3), np.uint8))
+    with ThreadPoolExecutor(3) as pool:
+        again = encoder.encode_prepared(list(pool.map(encoder.prepare, videos)))
+    assert torch.equal(again[1], encoder.encode(videos)[1])
+
+
 def test_windows_follow_each_other_in_time(clap):
     wave = noise(10.0)
     (frames,), embed = clap.encode([wave])
@@ -380,7 +399,7 @@ def test_cache_gives_the_same_without_encoding(clotho, clap, tmp_path, monkeypat
         assert features[i].dtype == torch.float32
         torch.testing.assert_close(features[i], f, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(features.embeds, embeds, rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(clap, "encode", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(clap, "prepare", lambda *_: pytest.fail("encoded again"))
     again = load_features(read_split("clotho", clotho, "test"), clap, tmp_path / "cache")
     assert torch.equal(again.frames, features.frames) and torch.equal(again.embeds, features.embeds)
     assert torch.equal(again[-1], features[5]) and again.index["3.wav"] == 3
@@ -436,7 +455,9 @@ JOB = """
 import json, sys, time, data, torch
 class Slow:  # counts its calls and takes its time
     hash, rate, calls = "slow", 16000, 0
-    def encode(self, waves):
+    def prepare(self, wave):
+        return wave
+    def encode_prepared(self, waves):
         self.calls += 1
         time.sleep(float(sys.argv[3]))
         return [torch.full((2, 3), len(wave) / 16000) for wave in waves], torch.ones(len(waves), 3)
@@ -460,13 +481,66 @@ def test_two_jobs_build_once_and_a_killed_build_leaves_nothing(clotho, tmp_path)
     killed.kill()
     killed.communicate()
     lock, = cache.glob("*.lock")
-    assert not list(cache.glob("*.safetensors"))
+    assert not list(cache.glob("*.safetensors*"))
     lock.with_suffix(".safetensors.tmp.1").touch()  # as if it had been writing
     results = [job.communicate(timeout=60)[0].splitlines() for job in [start(2), start(2)]]
     (calls, sums), (other_calls, other_sums) = (json.loads(lines[-1]) for lines in results)
     assert sorted((calls, other_calls)) == [0, 1]
     assert sums == other_sums == [6.0 * (i + 1) for i in range(6)]
     assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".safetensors"]
+
+
+def split_of(path, n):
+    wavfile.write(path, RATE, tone(0.01))
+    return data.Split("test", [data.Clip(str(i), path, ["a tone"]) for i in range(n)], [])
+
+
+def test_threads_prepare_ahead_of_the_model_but_not_far(tmp_path):
+    class Counting:
+        hash, rate, prepared, encoded, lead = "counting", RATE, 0, 0, []
+
+        def prepare(self, wave):
+            self.prepared += 1
+
+        def encode_prepared(self, clips):
+            deadline = time.time() + 10
+            while self.prepared < min(self.encoded + 3 * len(clips), 400) and time.time() < deadline:
+                time.sleep(0.001)  # the model is slow; the threads go on
+            self.lead.append(self.prepared - self.encoded - len(clips))
+            self.encoded += len(clips)
+            return [torch.ones(2, 3)] * len(clips), torch.ones(len(clips), 3)
+
+    encoder = Counting()
+    assert len(load_features(split_of(tmp_path / "a.wav", 400), encoder, tmp_path / "cache")) == 400
+    assert encoder.prepared == encoder.encoded == 400
+    assert min(encoder.lead[:20]) >= 2 * data.CHUNK and max(encoder.lead) <= 4 * data.CHUNK
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_does_not_grow_with_the_split(tmp_path, monkeypatch):
+    held = []  # MB that are this process's own, at each of the model's passes and at the end
+
+    def note():
+        status = Path("/proc/self/status").read_text()
+        held.append(int(status.split("RssAnon:")[1].split()[0]) / 1024)
+
+    class Large:
+        hash, rate = "large", RATE
+
+        def prepare(self, wave):
+            pass
+
+        def encode_prepared(self, clips):
+            note()
+            return [torch.full((512, 1024), i) for i in range(len(clips))], torch.ones(len(clips), 3)
+
+    split = split_of(tmp_path / "a.wav", 16 * data.CHUNK)
+    monkeypatch.setattr(data, "save_file", lambda *args: (save_file(*args), note()))
+    features = load_features(split, Large(), tmp_path / "cache")
+    note()
+    assert features.frames.numel() * 2 == 256 * 2 ** 20  # bytes of all frames
+    assert len(held) == 18 and max(held[2:]) - held[2] < 64  # a pass has 48 MB, the allocator its holes
+    assert all((features[i] == i % data.CHUNK).all() for i in range(len(features)))
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(clotho, clap, tmp_path):
