@@ -96,8 +96,8 @@ def write_json(path, obj):
 
 @dataclass(frozen=True)
 class Clip:
-    id: str
-    path: Path
+    id: str            # another one for each clip, or for each question about it
+    path: Path | None  # None: no file has one of its names; read_split counts it as missing
     references: list[str]
     question: str | None = None  # in an audio-visual set with questions; the references are answers
 
@@ -129,8 +129,9 @@ def read_split(dataset, root, split):
 
     Clips without a file are listed in `missing`. Raises InputError for an error in the table, for a clip that
     could be either of two files, and when no clip has a file."""
-    if dataset not in ("audiocaps", "clotho", "av") or split not in CLOTHO:
-        raise InputError(f"{dataset} {split}: choose audiocaps, clotho or av and train, val or test")
+    if dataset not in READERS or split not in CLOTHO:
+        *others, last = READERS
+        raise InputError(f"{dataset} {split}: choose {', '.join(others)} or {last} and train, val or test")
     root = Path(root)
     table = root / (f"clotho_captions_{CLOTHO[split]}.csv" if dataset == "clotho" else f"{split}.csv")
     if not root.is_dir():
@@ -143,7 +144,9 @@ def read_split(dataset, root, split):
             if not filecmp.cmp(table, other, shallow=False):
                 raise InputError(f"{root}: holds two tables, {table} and {other}; give a folder with one of "
                                  "them, or move one away")
-    clips = (_audiocaps if dataset == "audiocaps" else _named_files)(table, files, split)
+    if not table.exists():
+        raise InputError(f"{table}: no such file, here or in a folder below; is this the layout of {dataset}?")
+    clips = READERS[dataset](table, files, split)
     missing = [clip.id for clip in clips if not clip.path]
     if 10 * len(missing) > len(clips):
         media = [path for path in files if _stem(path.name)[1]]
@@ -304,6 +307,10 @@ def _locate(names, table, files, split):
                  for path in copies}
         paths[name] = _choose(table, name, copies, ranks.get)
     return paths
+
+
+# dataset: reader(table, {path: split that its folder's name says, or None}, split) -> [Clip]
+READERS = {"audiocaps": _audiocaps, "clotho": _named_files, "av": _named_files}
 
 
 def _stem(name):

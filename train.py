@@ -61,7 +61,7 @@ def parse_args(argv=None):
     add("--gate-init", type=float, default=0.05, help="initial gates of additive")
     add("--modality", default="audio", choices=["audio", "video"], help="of the encoder")
     # models, data and output
-    add("--dataset", default="audiocaps", choices=["audiocaps", "clotho", "av"], help="layout of --data")
+    add("--dataset", default="audiocaps", choices=list(data.READERS), help="layout of --data")
     add("--data", required=True, help="folder of the dataset, as released")
     add("--llava", default="llava-hf/llava-1.5-7b-hf", help="frozen backbone: folder or hub name")
     add("--encoder", default="laion/clap-htsat-unfused", help="frozen encoder: folder or hub name")
