@@ -253,12 +253,14 @@ def scst_loss(model, batch, reward, args):
     captions = [scst.words(backbone.text(s)) for s in samples]
     ended = [s[-1] == backbone.eos for s in samples]
     references = [reward.corpus[clip] for clip in batch.clips for _ in range(K)]
-    rewards = reward.score_many(captions, references, ended).float().view(B, K).to(backbone.device)
+    rewards = reward.score_many(captions, references, ended).float().view(B, K)
+    rewards = rewards.to(backbone.device, non_blocking=True)
     with backbone.autocast(), model.attach(batch.clips):
         out = model.head(inputs_embeds=tree.states, position_ids=tree.position_ids,
                          attention_mask=tree.attention_mask, use_cache=False)
         logprobs = tree.logprobs(out.last_hidden_state, lm_head, temperature)
-    logprobs, mask = logprobs.view(B, K, -1), tree.mask.view(B, K, -1).to(backbone.device)
+    logprobs = logprobs.view(B, K, -1)
+    mask = tree.mask.view(B, K, -1).to(backbone.device, non_blocking=True)
     loss = scst.scst_loss(logprobs, mask, scst.leave_one_out(rewards))
     loss = loss + args.gate_l2 * model.fusion.gate_penalty()
     distinct = len(tree.token) / int(tree.mask.sum())
@@ -299,10 +301,11 @@ class TrunkStates:
                 rows = [torch.tensor(prompt + captions[i]) for i in batch]
                 rows = pad_sequence(rows, batch_first=True, padding_value=backbone.pad)
                 hidden = trunk(input_ids=rows.to(self.device), use_cache=False).last_hidden_state
-                for h, i in zip(hidden, batch):
-                    self.states[self.start[i]:self.start[i + 1]] = h[P:P + len(captions[i])]
                 # the same in every row: attention is causal
                 self.prompt_states = hidden[0, :P].to(dtype).clone()
+                hidden = hidden[:, P:].to(dtype).cpu()  # one copy a batch
+                for h, i in zip(hidden, batch):
+                    self.states[self.start[i]:self.start[i + 1]] = h[:len(captions[i])]
         if WORLD > 1:
             dist.barrier()  # the other shares are written
 
@@ -377,8 +380,9 @@ class TrainingCaptions(TrunkStates):
                 batch = Batch(clips, parts, *self.batch(captions), tokens)
                 if args.contrastive:
                     all_clips, all_captions = zip(*micro)
-                    batch.text = self.embeds[list(all_captions)].to(self.device)
-                    batch.text_clips = torch.tensor(all_clips, device=self.device)
+                    text, text_clips = self.embeds[list(all_captions)], torch.tensor(all_clips)
+                    batch.text = text.to(self.device, non_blocking=True)
+                    batch.text_clips = text_clips.to(self.device, non_blocking=True)
                 yield batch
 
 
