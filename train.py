@@ -561,7 +561,8 @@ def optimizer_step(model, batches, loss_function, optimizer, rate, args):
         for name, value in terms.items():
             totals[name] = totals.get(name, 0.0) + value
     parameters = list(model.trained().parameters())
-    values = torch.tensor([float(value) for value in totals.values()], device=model.backbone.device)
+    values = [torch.as_tensor(value, dtype=torch.float32) for value in totals.values()]
+    values = torch.stack([v.to(model.backbone.device, non_blocking=True) for v in values])
     if WORLD > 1:
         for tensor in [values, *(p.grad for p in parameters if p.grad is not None)]:
             dist.all_reduce(tensor)
@@ -724,12 +725,17 @@ def build_model(inputs, clips, beside, args):
 
 
 def main(argv=None):
+    gpus = torch.cuda.device_count()
+    if WORLD > 1 and LOCAL_RANK < gpus:
+        torch.cuda.set_device(LOCAL_RANK)  # before --device is tried, which would be GPU 0 for all
     args = parse_args(argv)
     out = Path(args.out)
     cuda = args.device.startswith("cuda")
     if WORLD > 1 and cuda:
+        if LOCAL_RANK >= gpus:
+            raise InputError(f"process {LOCAL_RANK} of torchrun has no GPU, {gpus} are visible: "
+                             "start as many processes as there are GPUs")
         args.device = f"cuda:{LOCAL_RANK}"
-        torch.cuda.set_device(args.device)
 
     # data first: a wrong folder should not wait for a 7B model
     splits = [data.read_split(args.dataset, args.data, name) for name in ("train", "val")]

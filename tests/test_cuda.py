@@ -151,6 +151,16 @@ def test_two_processes_are_one_and_wait_for_features(world, tmp_path, monkeypatc
     assert (two / "training.json").exists() and not (two / "state").exists()
 
 
+def test_a_process_without_a_gpu_of_its_own_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train, "LOCAL_RANK", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(data, "usable_device", str)
+    with pytest.raises(data.InputError, match="process 1 of torchrun has no GPU, 1 are visible"):
+        train.main(["--data", "nowhere", "--out", str(tmp_path / "run"), "--device", "cuda",
+                    "--batch-size", "4", "--micro-batch", "4"])
+
+
 OTHER_CUDA = """
 import sys, torch
 torch.ops.load_library = lambda path: None
