@@ -176,7 +176,9 @@ class Tree:
     def logprobs(self, hidden, lm_head, temperature=1.0):
         """log p of every sampled token, (B * K, T), from the decoder's states (B, L, D)."""
         logits = policy_logits(hidden.flatten(0, 1)[self.position], lm_head, temperature)
-        token, path = self.token.to(hidden.device), self.path.to(hidden.device)
+        device = hidden.device
+        token = self.token.to(device, non_blocking=True)
+        path = self.path.to(device, non_blocking=True)
         return -F.cross_entropy(logits, token, reduction="none")[path]
 
 
@@ -194,7 +196,8 @@ def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, limit, temperature=1
     in common is computed once, and nothing is computed for those that have ended. The states
     are the input of decoder block `layer`. fusion: what is attached, if anything; before each
     pass its `row_to_clip` is set to the clip of each row, (rows,), and to None at the end.
-    The host waits for the decoder once a token: the draws are kept in tensors on the CPU.
+    The host waits for the decoder once a token, to read the draws, which are kept on the CPU.
+    A copy to the GPU that blocks would wait for it too.
     """
     from transformers import DynamicCache
     (B, P), device = prompt.shape, prompt.device
@@ -217,10 +220,11 @@ def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, limit, temperature=1
     try:
         for t in range(limit):
             if fusion is not None:
-                fusion.row_to_clip = clip.to(device)
+                fusion.row_to_clip = clip.to(device, non_blocking=True)
             out = decoder(input_ids=tokens, past_key_values=cache, use_cache=True)
             logits = policy_logits(out.last_hidden_state[:, -1], lm_head, temperature)
-            drawn_now = _draw(logits.softmax(-1), row.to(device)).cpu()
+            row = row.to(device, non_blocking=True)
+            drawn_now = _draw(logits.softmax(-1), row).cpu()
             pairs, pair = torch.unique(drawn_now, return_inverse=True)
             parent, token = pairs // logits.shape[1], pairs % logits.shape[1]
             path = torch.full((B * K,), -1)
@@ -234,8 +238,8 @@ def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, limit, temperature=1
             survives = alive[pair]
             active = active[survives]
             row = (alive.cumsum(0) - 1)[pair][survives]
-            parent, tokens = parent[alive], token[alive][:, None].to(device)
-            cache.batch_select_indices(parent.to(device))
+            parent, tokens = parent[alive], token[alive][:, None].to(device, non_blocking=True)
+            cache.batch_select_indices(parent.to(device, non_blocking=True))
             clip = clip[parent]  # ascending, as the rows are
             rank = torch.arange(len(clip)) - torch.searchsorted(clip, clip)
             position = used[clip] + rank
@@ -287,14 +291,18 @@ def _pack(states, draws, grown, paths, L):
     position_ids = torch.arange(L).expand(B, L).clone()
     mask = torch.zeros(B, L, L, dtype=torch.bool)
     mask[:, :, :P] = torch.ones(L, P, dtype=torch.bool).tril()
-    for depth, ((clip, position, ancestors), new) in enumerate(zip(grown, states[1:])):
-        packed[clip.to(device), position.to(device)] = new[:, 0]
+    if grown:
+        index = torch.cat([clip * L + position for clip, position, _ in grown])
+        index = index.to(device, non_blocking=True)
+        packed.view(B * L, D)[index] = torch.cat([new[:, 0] for new in states[1:]])
+    for depth, (clip, position, ancestors) in enumerate(grown):
         position_ids[clip, position] = P + depth
         mask[clip[:, None], position[:, None], ancestors] = True
     clip, position, token = (torch.cat(part) for part in zip(*draws))
     path = torch.stack(paths, 1)
-    return Tree(packed, position_ids.to(device), mask[:, None].to(device),
-                (clip * L + position).to(device), token, path.clamp(min=0), path >= 0)
+    position_ids, mask = (x.to(device, non_blocking=True) for x in (position_ids, mask[:, None]))
+    position = (clip * L + position).to(device, non_blocking=True)
+    return Tree(packed, position_ids, mask, position, token, path.clamp(min=0), path >= 0)
 
 
 def demo():

@@ -249,12 +249,14 @@ def scst_loss(model, batch, reward, args):
     captions = [scst.words(backbone.text(s)) for s in samples]
     ended = [s[-1] == backbone.eos for s in samples]
     references = [reward.corpus[clip] for clip in batch.clips for _ in range(K)]
-    rewards = reward.score_many(captions, references, ended).float().view(B, K).to(backbone.device)
+    rewards = reward.score_many(captions, references, ended).float().view(B, K)
+    rewards = rewards.to(backbone.device, non_blocking=True)
     with backbone.autocast(), model.attach(batch.clips):
         out = model.head(inputs_embeds=tree.states, position_ids=tree.position_ids,
                          attention_mask=tree.attention_mask, use_cache=False)
         logprobs = tree.logprobs(out.last_hidden_state, lm_head, temperature)
-    logprobs, mask = logprobs.view(B, K, -1), tree.mask.view(B, K, -1).to(backbone.device)
+    logprobs = logprobs.view(B, K, -1)
+    mask = tree.mask.view(B, K, -1).to(backbone.device, non_blocking=True)
     loss = scst.scst_loss(logprobs, mask, scst.leave_one_out(rewards))
     loss = loss + args.gate_l2 * model.fusion.gate_penalty()
     distinct = len(tree.token) / int(tree.mask.sum())
@@ -295,10 +297,11 @@ class TrunkStates:
                 rows = [torch.tensor(prompt + captions[i]) for i in batch]
                 rows = pad_sequence(rows, batch_first=True, padding_value=backbone.pad)
                 hidden = trunk(input_ids=rows.to(self.device), use_cache=False).last_hidden_state
-                for h, i in zip(hidden, batch):
-                    self.states[self.start[i]:self.start[i + 1]] = h[P:P + len(captions[i])]
                 # the same in every row: attention is causal
                 self.prompt_states = hidden[0, :P].to(dtype).clone()
+                hidden = hidden[:, P:].to(dtype).cpu()  # one copy a batch
+                for h, i in zip(hidden, batch):
+                    self.states[self.start[i]:self.start[i + 1]] = h[:len(captions[i])]
         if WORLD > 1:
             dist.barrier()  # the other shares are written
 
@@ -375,8 +378,9 @@ class TrainingCaptions(TrunkStates):
                 batch = Batch(clips, parts, *self.batch(captions), tokens)
                 if args.contrastive:
                     all_clips, all_captions = zip(*micro)
-                    batch.text = self.embeds[list(all_captions)].to(self.device)
-                    batch.text_clips = torch.tensor(all_clips, device=self.device)
+                    text, text_clips = self.embeds[list(all_captions)], torch.tensor(all_clips)
+                    batch.text = text.to(self.device, non_blocking=True)
+                    batch.text_clips = text_clips.to(self.device, non_blocking=True)
                 yield batch
 
 
@@ -556,7 +560,8 @@ def optimizer_step(model, batches, loss_function, optimizer, rate, args):
         for name, value in terms.items():
             totals[name] = totals.get(name, 0.0) + value
     parameters = list(model.trained().parameters())
-    values = torch.tensor([float(value) for value in totals.values()], device=model.backbone.device)
+    values = [torch.as_tensor(value, dtype=torch.float32) for value in totals.values()]
+    values = torch.stack([v.to(model.backbone.device, non_blocking=True) for v in values])
     if WORLD > 1:
         for tensor in [values, *(p.grad for p in parameters if p.grad is not None)]:
             dist.all_reduce(tensor)
@@ -719,12 +724,17 @@ def build_model(inputs, clips, beside, args):
 
 
 def main(argv=None):
+    gpus = torch.cuda.device_count()
+    if WORLD > 1 and LOCAL_RANK < gpus:
+        torch.cuda.set_device(LOCAL_RANK)  # before --device is tried, which would be GPU 0 for all
     args = parse_args(argv)
     out = Path(args.out)
     cuda = args.device.startswith("cuda")
     if WORLD > 1 and cuda:
+        if LOCAL_RANK >= gpus:
+            raise InputError(f"process {LOCAL_RANK} of torchrun has no GPU, {gpus} are visible: "
+                             "start as many processes as there are GPUs")
         args.device = f"cuda:{LOCAL_RANK}"
-        torch.cuda.set_device(args.device)
 
     # data first: a wrong folder should not wait for a 7B model
     splits = [data.read_split(args.dataset, args.data, name) for name in ("train", "val")]
