@@ -145,7 +145,7 @@ def read_split(dataset, root, split):
                 raise InputError(f"{root}: holds two tables, {table} and {other}; give a folder with one of "
                                  "them, or move one away")
     if not table.exists():
-        raise InputError(f"{table}: no such file, here or in a folder below; is this the layout of {dataset}?")
+        raise InputError(f"{table}: cannot be read (it is not there or in a folder below); is this {dataset}?")
     clips = READERS[dataset](table, files, split)
     missing = [clip.id for clip in clips if not clip.path]
     if 10 * len(missing) > len(clips):
