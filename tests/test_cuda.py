@@ -102,12 +102,13 @@ def slow(path, *args):
             time.sleep(0.1)
     return build(path, *args)
 
-def slow_encode(encoder, waves, encode=data.AudioEncoder.encode):
+def slow_encode(encoder, *args, encode=data.AudioEncoder.encode_prepared):
     global asleep
     if train.RANK == 0 and not asleep:
         asleep = True
         time.sleep({SECONDS + 1})
-    return encode(encoder, waves)
+    (out.parent / "slept").write_text("")
+    return encode(encoder, *args)
 
 def kept(clips, captions):
     (out / "captions.json").write_text(json.dumps([c["text"] for c in captions]))
@@ -120,7 +121,7 @@ def started(*args):
     return start(*args)
 
 asleep = False
-data._build_features, data.AudioEncoder.encode, evaluate.make_items = slow, slow_encode, kept
+data._build_features, data.AudioEncoder.encode_prepared, evaluate.make_items = slow, slow_encode, kept
 train.start_or_resume = started
 train.main(sys.argv[2:])
 """
@@ -149,6 +150,7 @@ def test_two_processes_are_one_and_wait_for_features(world, tmp_path, monkeypatc
     assert a == b
     assert json.loads((two / "state.json").read_text()) == ["lock", "trunk0.bin"]
     assert (two / "training.json").exists() and not (two / "state").exists()
+    assert (tmp_path / "slept").exists()
 
 
 def test_a_process_without_a_gpu_of_its_own_is_one_line(monkeypatch, tmp_path):

@@ -403,18 +403,6 @@ def test_an_absurd_rate_trips_the_guard_and_leaves_xe_alone(world, finished, tmp
     assert not (out / "scst").exists()
 
 
-def test_two_processes_are_one(world, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    more = ["--steps", "20", "--eval-every", "20"]
-    run(world, one, *more)
-    python("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611", ROOT / "train.py",
-           *flags(world, two, *more), env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for a, b in zip(log_of(one, "step"), log_of(two, "step"), strict=True):
-        for term in ("xe", "contrastive", "gradient_norm"):
-            assert a[term] == pytest.approx(b[term], abs=1e-5, rel=1e-5), (a["step"], term)
-    assert (two / "training.json").exists() and len(log_of(two, "validation")) == 1
-
-
 def test_what_is_not_finite_is_named(world, tmp_path, monkeypatch):
     original = data.Features.__getitem__
 
