@@ -85,7 +85,7 @@ def kill(args, folder, world):
 
 def disk(args, folder, world):
     """Training on disks of 0.1 to 8 MB: refused in one line, what was saved loads, and with room it ends as ever."""
-    decoder, rng = evaluate.load_backbone(world / "models/llava", "cpu").decoder, random.Random(args.seed)
+    decoder, rng = data.load_backbone(str(world / "models/llava"), "cpu").decoder, random.Random(args.seed)
 
     def train(out):
         return python("train.py", "--data", world / "data/audiocaps", "--llava", world / "models/llava", "--encoder",
