@@ -46,10 +46,10 @@ from transformers import (
 
 WINDOW = 4            # seconds of a clip, and of what CLAP takes in at once
 PATCH, FRAMES = 8, 8  # side of a patch of a picture; video frames that TimeSformer sees
-FULL = dict(audiocaps=(3000, 160, 320), clotho=(400, 80, 120), av=(400, 80, 120), qa=(1500, 500), pairs=2200,
-            questions=6000, texts=6000, clap_steps=400, vision_steps=60, llava_steps=290, video_steps=240)
+FULL = dict(audiocaps=(3000, 160, 320), clotho=(400, 80, 120), av=(400, 80, 120), qa=(1500, 500, 500), pairs=2200,
+            questions=6000, texts=6000, clap_steps=1200, vision_steps=60, llava_steps=290, video_steps=240)
 MANY = dict(audiocaps=(3000, 160, 975))  # as many test clips as AudioCaps has: what a reward teaches is little
-SMOKE = dict(audiocaps=(96, 24, 32), clotho=(16, 8, 8), av=(16, 8, 8), qa=(40, 40), pairs=96,
+SMOKE = dict(audiocaps=(96, 24, 32), clotho=(16, 8, 8), av=(16, 8, 8), qa=(40, 40, 20), pairs=96,
              questions=200, texts=200, clap_steps=6, vision_steps=6, llava_steps=6, video_steps=6)
 
 # ---------------------------------------------------------------- data sets
@@ -170,8 +170,9 @@ def write_av(folder, sizes, seed):
 def write_qa(folder, sizes, rng):
     """Returns the test records as [(kind, image, question, answer)]."""
     (folder / "images").mkdir(parents=True)
-    for split, size in zip(("train", "test"), sizes):
-        records, questions = [], []
+    questions = {"train": [], "test": [], "val": []}
+    for split, size in zip(questions, sizes):
+        records = []
         for number in range(size):
             kind = list(QUESTIONS)[number % len(QUESTIONS)]
             image, _, question, answer = draw_question(rng, kind)
@@ -179,9 +180,9 @@ def write_qa(folder, sizes, rng):
             image.save(folder / "images" / f"{name}.png")
             records.append({"id": name, "image": f"{name}.png", "kind": kind, "conversations": [
                 {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]})
-            questions.append((kind, image, question, answer))
+            questions[split].append((kind, image, question, answer))
         (folder / f"{split}.json").write_text(json.dumps(records, indent=1))
-    return questions
+    return questions["test"]
 
 
 def read_also(folder, split):
