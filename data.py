@@ -60,6 +60,7 @@ DCASE = {"test": "DCASE", "analysis": "DCASE"}  # with Clotho these hold other r
 UNSAFE = r"""[<>:"/\\|?*'‘’“”\u29f8\uf000-\uf0ff\x00-\x1f]"""  # what file systems and unpackers replace
 CHUNK = 16  # clips that an encoder takes at once
 THREADS = min(16, os.cpu_count())  # more would wait for Python's lock, held for a fifth of decoding or more
+KEPT = 1000  # answers to keep: of questions, and as many captions
 CACHE_FORMAT = {"audio": 1, "video": 2}  # raise it when decoding, windows or pooling change
 
 
@@ -118,7 +119,7 @@ class Split:
 @dataclass(frozen=True)
 class Question:
     id: str
-    image: Path
+    image: Path | None  # None: a question without an image
     question: str
     answer: str
     kind: str
@@ -403,18 +404,19 @@ def _sha(obj):
     return hashlib.sha256(json.dumps(obj, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def read_qa(path, images=None, limit=1000, seed=0):
+def read_qa(path, images=None, limit=1000, seed=0, text_only=False):
     """([Question], sha256): a seeded subset of a file of questions about images, and its hash.
 
     Reads LLaVA-Instruct JSON, a list of {id, image, conversations} (the first exchange of each), and JSONL or
     a JSON list of {image, question, answer}. Images are in the folder `images`, else in images/ beside the
-    file, else beside it. Raises InputError for a record without question or answer, and for a chosen image
+    file, else beside it. text_only: also the questions without an image. Raises InputError for a record without question or answer, and for a chosen image
     that does not exist."""
     path, questions, counts = Path(path), [], {}
     for location, record in _records(path):
-        if isinstance(record, dict) and "conversations" in record and "image" not in record:
+        pictured = not isinstance(record, dict) or "image" in record
+        if not pictured and not text_only and "conversations" in record:
             continue  # LLaVA's mixtures have talks without an image
-        id, *rest = _question(location, record, len(questions))
+        id, *rest = _question(location, record, len(questions), pictured or not text_only)
         counts[id] = counts.get(id, 0) + 1  # LLaVA-Instruct has several talks with one id
         questions.append((f"{id}#{counts[id]}" if counts[id] > 1 else id, *rest))
     if not questions:
@@ -422,11 +424,36 @@ def read_qa(path, images=None, limit=1000, seed=0):
     chosen = sorted(questions, key=lambda q: _sha([seed, *q[1:], q[0]]))[:limit]
     beside = path.parent / "images"
     folder = Path(images) if images else beside if beside.is_dir() else path.parent
-    absent = [row[1] for row in chosen if not os.path.isfile(folder / row[1])]
+    absent = [row[1] for row in chosen if row[1] and not os.path.isfile(folder / row[1])]
     if absent:
         raise InputError(f"{path}: {len(absent)} of {len(chosen)} chosen images, such as {absent[0][:80]}, "
                          f"are not in {folder}")
-    return [Question(id, folder / name, *rest) for id, name, *rest in chosen], _sha(chosen)
+    questions = [Question(id, name and folder / name, *rest) for id, name, *rest in chosen]
+    return questions, _sha(chosen)
+
+
+def read_kept(path):
+    """[Question]: a seeded subset of the questions of train.py's --keep-qa."""
+    return read_qa(path, limit=KEPT, text_only=True)[0]
+
+
+def check_apart(path, probe):
+    """Raises InputError if questions to keep share an image, or without one a question, with the probe."""
+    seen = set(map(content, probe))
+    shared = [q.id for q in read_kept(path) if content(q) in seen]
+    if shared:
+        raise InputError(f"{path}: {len(shared)} of its questions, such as {shared[0]}, are in the probe; "
+                         "give --keep-qa a file of questions about other images")
+
+
+def content(question):
+    """What a question is about: sha256 of its image's bytes, or the question where it has none."""
+    if question.image is None:
+        return question.question
+    try:
+        return hashlib.sha256(question.image.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{question.image}: cannot be read ({error.strerror})") from None
 
 
 def _records(path):
@@ -445,8 +472,8 @@ def _records(path):
         raise InputError(f"{path}:{line}: is not JSON ({reason})") from None
 
 
-def _question(location, record, number):
-    """(id, image, question, answer, kind) of a record."""
+def _question(location, record, number, pictured):
+    """(id, image, question, answer, kind) of a record; image is None unless it is pictured."""
     try:
         if "conversations" in record:
             turns = {turn["from"]: turn["value"] for turn in record["conversations"][:2]}
@@ -461,7 +488,8 @@ def _question(location, record, number):
         raise InputError(f"{location}: has an empty question or answer")
     id = _clean(location, str(record.get("id", record.get("question_id", number))))
     kind = _clean(location, str(record.get("kind", record.get("category", ""))))
-    return id, _inside(location, record.get("image")), question, answer, kind
+    image = _inside(location, record.get("image")) if pictured else None
+    return id, image, question, answer, kind
 
 
 # ---------------------------------------------------------------- sound and video
@@ -793,6 +821,19 @@ def lock_or_wait(file, message):
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
+def cached_json(folder, name, parts, make):
+    """make(), kept as JSON in `folder` under a hash of `parts`. Of several jobs one makes it, the others wait."""
+    path = Path(folder) / f"{name}_{_sha(parts)[:32]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_suffix(".lock")
+    with open(lock, "w") as file:
+        lock_or_wait(file, f"waiting for another job that makes {path.name}")
+        if not path.exists():
+            write_json(path, make())
+        lock.unlink(missing_ok=True)
+    return json.loads(_text(path))
+
+
 def load_features(split, encoder, cache_dir, modality="audio"):
     """Features of the clips of `split`, from the cache or computed and stored there.
 
@@ -1021,6 +1062,15 @@ class Backbone:
             if token.special and after.startswith(token.content):
                 eos = id
         return between, eos
+
+    @functools.cached_property
+    def hash(self):
+        """sha256 of the weights and of the chat format: what its answers depend on."""
+        digest = hashlib.sha256(self.chat("question", image=True).encode())
+        for name, tensor in sorted(self.llava.state_dict().items()):
+            flat = tensor.cpu().contiguous().reshape(-1)
+            digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def autocast(self):
         if self.llava.dtype == torch.bfloat16:

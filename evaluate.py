@@ -503,8 +503,8 @@ def open_run(folder, device, dtype="auto"):
     config = read_json(home / "config.json")
     if not (home / "training.json").exists():
         raise InputError(f"{home}: training has not finished; start its train.py command again")
-    for key in ("llava", "encoder", "data", "cache", "beside"):  # as given where it was trained
-        config[key] = config[key] and data.from_folder(config[key], config.get("folder", "."))
+    for key in ("llava", "encoder", "data", "cache", "beside", "keep_qa"):  # as given where it was trained
+        config[key] = config.get(key) and data.from_folder(config[key], config.get("folder", "."))
     backbone = data.load_backbone(config["llava"], device, dtype)
     fusion = fusions.load(folder, backbone.decoder).to(backbone.device).eval()
     fusion.requires_grad_(False)
@@ -696,7 +696,7 @@ def run_card(run, inputs, training, options, args):
                  "trains": encoder if config["contrastive"] else None,
                  "reranks": encoder if args.rerank else None, "scores": None},
         "fusion": vars(run.fusion.spec), "stages": training["stages"],
-        "loss": {"contrastive": config["contrastive"], "gate_l2": config["gate_l2"]},
+        "loss": {k: config.get(k, 0) for k in ("contrastive", "gate_l2", "keep", "keep_qa", "keep_every")},
         "scst": {k: v for k, v in config.items() if k.startswith(("scst", "reward"))},
         "decoding": {
             "beams": args.beams, "samples": options["samples"], "rerank": args.rerank,
@@ -760,6 +760,10 @@ def normalise(answer):
     return " ".join("".join(c if c.isalnum() else " " for c in answer.lower()).split())
 
 
+def correct(answer, truth):
+    return int(normalise(answer) == normalise(truth))
+
+
 class Probe:
     """Answers of the backbone to questions about images, and likelihoods of the right ones."""
 
@@ -769,13 +773,15 @@ class Probe:
         for i in range(0, len(questions), batch_size):
             images, texts, answers = [], [], []
             for q in questions[i:i + batch_size]:
-                images.append(data.open_image(q.image))
-                texts.append(backbone.chat(q.question, image=True))
+                if q.image:
+                    images.append(data.open_image(q.image))
+                texts.append(backbone.chat(q.question, image=q.image is not None))
                 answers.append(torch.tensor(backbone.caption_ids(q.question, q.answer),
                                             device=backbone.device))
-            batch = backbone.processor(text=texts, images=images, padding=True,
+            batch = backbone.processor(text=texts, images=images or None, padding=True,
                                        return_tensors="pt").to(backbone.device)
-            batch["pixel_values"] = batch["pixel_values"].to(backbone.llava.dtype)
+            if images:
+                batch["pixel_values"] = batch["pixel_values"].to(backbone.llava.dtype)
             self.batches.append((batch, answers))
 
     def with_placeholders(self, batch, n):
@@ -825,6 +831,29 @@ def load_probe(path, images, limit, backbone, batch_size):
     questions, digest = data.read_qa(path, images, limit)
     probe = Probe(backbone, questions, batch_size)
     return probe, digest, probe.run(progress="backbone")
+
+
+def own_answers(backbone, questions, cache):
+    """[text]: the backbone's greedy answers to questions; made once, then kept in the cache folder."""
+    def answer():
+        return [row["answer"] for row in Probe(backbone, questions, 64).run(progress="own answers")]
+
+    contents = [[data.content(q), q.question] for q in questions]
+    return data.cached_json(cache, "answers", [backbone.hash, contents], answer)
+
+
+def own_captions(run, limit, args):
+    """(Branch with training clips of a run, [text]: its greedy captions of them), at most `limit`."""
+    inputs = load_inputs(run.config, "train", args.device)
+    (branch,) = inputs.branches([run.fusion], range(min(limit, len(inputs.prompts))))
+    prompts = inputs.prompts[:limit]
+
+    def answer():
+        candidates = decode(run.backbone, [branch], prompts, progress="own captions")
+        return [clip[0]["text"] for clip in candidates]
+
+    parts = [run.backbone.hash, fusions.digest(run.fusion.state_dict()), inputs.split.hash, limit]
+    return branch, data.cached_json(args.cache, "captions", parts, answer)
 
 
 def silence_and_noise(encoder, seed, clips=16):
@@ -882,6 +911,9 @@ def retention(run, args):
     """What the backbone can still do: retention.json; every answer in retention_items.json."""
     probe, digest, untouched = load_probe(args.qa, args.images, args.limit, run.backbone,
                                           args.batch_size)
+    for keeper in filter(None, [run, run.beside]):
+        if keeper.config["keep_qa"]:
+            data.check_apart(keeper.config["keep_qa"], probe.questions)
     inputs = load_inputs(run.config, "test", args.device, run.beside)
     answers, pick = retention_answers(run, probe, inputs, args.seed)
     answers = {"backbone": untouched, **answers}
@@ -891,11 +923,12 @@ def retention(run, args):
                       "clip": inputs.split.clips[k].id})
     conditions = {}
     for condition, rows in answers.items():
-        values, by_kind = {"accuracy": [], "nll": [], "agreement": []}, {}
+        values, by_kind = {"accuracy": [], "loss": [], "nll": [], "agreement": []}, {}
         for q, item, row, before in zip(probe.questions, items, rows, untouched):
             item[condition] = row
-            right = normalise(row["answer"]) == normalise(q.answer)
+            right = correct(row["answer"], q.answer)
             values["accuracy"].append(right)
+            values["loss"].append(correct(before["answer"], q.answer) - right)
             values["nll"].append(row["nll"])
             values["agreement"].append(row["answer"] == before["answer"])
             by_kind.setdefault(q.kind, []).append(right)
@@ -987,13 +1020,16 @@ def again(run, args):
         items[name] = make_items(inputs.split.clips, captions, candidates)
         same[name] = [a["prediction"] == b["prediction"]
                       for a, b in zip(before, items[name], strict=True)]
-    clean, distracted = all(same["clean"]), score(items["distracted"], quick=True)
+    clean, metric = all(same["clean"]), selection_metric()
+    before, distracted = score(before, quick=True), score(items["distracted"], quick=True)
     write_results(run.folder / "distracted", predictions=distracted["items"])
-    unchanged = float(np.mean(same["distracted"]))
+    losses = [a["scores"][metric] - b["scores"][metric]
+              for a, b in zip(before["items"], distracted["items"])]
     write_json(run.folder / "audio_again.json", {
-        "n": len(before), "modality": older.config["modality"],
-        "before": score(before, quick=True)["corpus"], "clean_identical": clean,
-        "distracted": distracted["corpus"], "distracted_unchanged": unchanged})
+        "n": before["n"], "modality": older.config["modality"], "before": before["corpus"],
+        "clean_identical": clean, "distracted": distracted["corpus"],
+        **intervals({f"{metric}_loss": losses}),
+        "distracted_unchanged": float(np.mean(same["distracted"]))})
     print(f"{run.folder}: clean {'identical' if clean else 'NOT identical'}; distracted "
           + in_a_line(distracted["corpus"]))
 
@@ -1007,31 +1043,35 @@ def decide(args):
     tries, metric = [], selection_metric()
     hint = "; run `evaluate.py caption`, `again` and `retention` first"
     for folder in map(Path, args.runs):
-        names = ("config", "audio_again", "retention", "result")
-        config, audio, vl, result = (read_json(folder / f"{n}.json", hint) for n in names)
+        names = ("config", "audio_again", "retention", "retention_items", "result")
+        config, audio, vl, items, result = (read_json(folder / f"{n}.json", hint) for n in names)
         vl, alone = vl["conditions"], f"unrelated_{audio['modality']}"
-        pairs = {"audio": (audio["before"][metric], audio["distracted"][metric]),
-                 "vl": (vl[alone]["accuracy"], vl["unrelated_clip"]["accuracy"])}
+        losses = [correct(i[alone]["answer"], i["truth"])
+                  - correct(i["unrelated_clip"]["answer"], i["truth"]) for i in items]
+        pairs = {
+            "audio": (audio["before"][metric], audio["distracted"][metric], audio[f"{metric}_loss_ci95"]),
+            "vl": (vl[alone]["accuracy"], vl["unrelated_clip"]["accuracy"],
+                   intervals({"loss": losses})["loss_ci95"])}
         unchanged = [vl[name]["identical"] for name in ("no_clip", "nothing_attached")]
         clean = all([audio["clean_identical"], *unchanged])
-        points, changes, losses = {}, [], []
-        for name, (before, after) in pairs.items():
-            losses.append(100 * (before - after))
-            points[name] = {"before": 100 * before, "after": 100 * after, "loss": losses[-1]}
+        points, changes = {}, []
+        for name, (before, after, interval) in pairs.items():
+            points[name] = {"before": 100 * before, "after": 100 * after,
+                            "loss": 100 * (before - after), "loss_ci95": [100 * x for x in interval]}
             changes.append(f"{name} {100 * before:.1f} to {100 * after:.1f}")
-        within = clean and max(losses) <= args.tolerance
-        gate_l2, gates = config["gate_l2"], result["gates"]
-        tries.append({"run": str(folder), "gate_l2": gate_l2, "gates": gates, "cider_d":
+        within = clean and max(p["loss"] for p in points.values()) <= args.tolerance
+        weights = {name: config[name] for name in ("keep", "gate_l2")}
+        tries.append({"run": str(folder), **weights, "gates": result["gates"], "cider_d":
                       result["cider_d"], "clean_identical": clean, **points, "within": within})
         changes.append(f"{'within' if within else 'beyond'} {args.tolerance:g}")
-        print(f"{folder}: gate_l2 {gate_l2:g} ", "  ".join(changes))
+        print(f"{folder}:", *(f"{k} {v:g} " for k, v in weights.items()), "  ".join(changes))
     write_json(args.out, {
         "tolerance": args.tolerance, "unit": "percentage points",
         "compared": {
             "audio": f"{metric} of the older run's test captions, alone and beside an unrelated "
                      "clip of the new modality",
             "vl": "VQA accuracy, with a clip given to the older branch alone, and to both"},
-        "tries": tries, "decision": "keep" if within else "raise gate_l2"})
+        "tries": tries, "decision": "keep" if within else "raise keep and gate_l2"})
     if not within:
         sys.exit(3)
 

@@ -48,6 +48,7 @@ class Spec:
     rank: int           # R, of additive's adapters; the others follow, for equally many parameters
     modality: str       # "audio" or "video": whose encoder's frames it was trained on
     backbone: dict      # class, depth, width and heads of the decoder
+    null_slot: bool = False  # attention may choose to read nothing; older files lack it
 
     width = property(lambda self: self.backbone["width"])  # D
     heads = property(lambda self: self.backbone["heads"])  # H
@@ -125,6 +126,15 @@ def split_heads(x, heads):
 def merge_heads(x):
     B, H, T, d = x.shape
     return x.transpose(1, 2).reshape(B, T, H * d)                        # (B, T, D)
+
+
+def add_null_slot(key, value, null):
+    """Add a learned key (W,) with value zero: (B, N, W) -> (B, N + 1, W), both.
+
+    Softmax always sums to one. A query that attends to this slot reads nothing.
+    """
+    null = null.expand(len(key), 1, -1)
+    return torch.cat([key, null], 1), F.pad(value, (0, 0, 0, 1))
 
 
 def scale(h):
@@ -273,19 +283,25 @@ class Additive(Fusion):
 
     Nothing on the text side is trained: the query is the RMS-normalised hidden state. K and V
     come from the modality tokens through a low-rank residual a layer. alpha_l is one scalar.
+    With a null slot, softmax may also choose to read nothing.
     """
 
     def __init__(self, spec):
         super().__init__(spec)
         self.adapter, self.gate = nn.ModuleDict(), nn.ParameterDict()
+        self.null = nn.ParameterDict()
         for layer in map(str, spec.layers):
             self.adapter[layer] = Residual(spec.width, spec.rank, parts=2)
             self.gate[layer] = nn.Parameter(torch.tensor(spec.gate_init))
+            if spec.null_slot:
+                self.null[layer] = nn.Parameter(torch.zeros(spec.width))
 
     def prepare(self, tokens):
         prepared = {}
         for layer in self.spec.layers:                                   # K, V: (B, H, N, D/H)
             key, value = self.adapter[str(layer)](tokens)
+            if self.spec.null_slot:                                      # N + 1
+                key, value = add_null_slot(key, value, self.null[str(layer)])
             prepared[layer] = [split_heads(x, self.spec.heads) for x in (key, value)]
         return prepared
 
@@ -321,6 +337,7 @@ class CrossAttention(Fusion):
         inner = 3 * spec.rank // 4  # 4 * D * inner here = 3 * D * R in additive
         self.heads = max(1, inner // 64)
         self.block, self.gate = nn.ModuleDict(), nn.ParameterDict()
+        self.null = nn.ParameterDict()
         for layer in map(str, spec.layers):
             self.block[layer] = nn.ModuleDict({
                 "norm": nn.LayerNorm(spec.width),
@@ -328,11 +345,15 @@ class CrossAttention(Fusion):
                 "kv": nn.Linear(spec.width, 2 * inner, bias=False),
                 "o": nn.Linear(inner, spec.width, bias=False)})
             self.gate[layer] = nn.Parameter(torch.tensor(0.0))
+            if spec.null_slot:
+                self.null[layer] = nn.Parameter(torch.zeros(inner))
 
     def prepare(self, tokens):
         prepared = {}
         for layer in self.spec.layers:                                   # K, V: (B, H, N, inner/H)
             key, value = self.block[str(layer)]["kv"](tokens).chunk(2, -1)
+            if self.spec.null_slot:                                      # N + 1
+                key, value = add_null_slot(key, value, self.null[str(layer)])
             prepared[layer] = [split_heads(x, self.heads) for x in (key, value)]
         return prepared
 
@@ -409,7 +430,7 @@ SYSTEMS = {"additive": Additive, "cross_attention": CrossAttention, "concat": Co
 # ---------------------------------------------------------------- build, load, split
 
 def build(kind, decoder, *, encoder_width, layers, tokens=16, hidden=768, gate_init=0.05,
-          modality="audio"):
+          modality="audio", null_slot=False):
     """A new fusion of a kind in SYSTEMS, initialised from torch's global generator.
 
     The adapters' rank follows the decoder's width (256 at 4096), so that the systems' numbers
@@ -425,9 +446,11 @@ def build(kind, decoder, *, encoder_width, layers, tokens=16, hidden=768, gate_i
     if kind == "unfreeze" and depth <= UNFREEZE_BLOCKS:
         raise FusionError(f"unfreeze trains the top {UNFREEZE_BLOCKS} blocks, this decoder has "
                           f"{depth}")
+    if kind == "concat" and null_slot:
+        raise FusionError("--null-slot: concat has no attention that could read nothing")
     rank = max(64, backbone["width"] // 16)
     return _make(Spec(kind, layers, tokens, hidden, encoder_width, gate_init, rank, modality,
-                      backbone), decoder)
+                      backbone, null_slot), decoder)
 
 
 def _make(spec, decoder):

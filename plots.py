@@ -28,9 +28,10 @@ NEW_STYLE = ("#000000", "P", "-")  # of a system that is not in SYSTEMS
 METRICS = {
     "cider_d": "CIDEr-D", "spice": "SPICE", "spider": "SPIDEr", "spice_lite": "spice_lite",
     "spider_lite": "spider_lite", "meteor": "METEOR", "rouge_l": "ROUGE-L", "bleu_4": "BLEU-4"}
-FLAGS = ("fusion", "layers", "tokens", "hidden", "gate_l2", "contrastive", "gate_init", "limit",
-         "dataset", "init", "modality")  # runs that differ in one of these are different systems
+FLAGS = ("fusion", "layers", "tokens", "hidden", "null_slot", "keep", "keep_every", "gate_l2", "contrastive",
+         "gate_init", "limit", "dataset", "init", "modality")  # runs that differ in one of these are different systems
 STAGES = ("scst", "audio", "video", "shuffled")  # folders in a run: SCST, or what it was given of two modalities
+WEIGHTS = {"keep": "keep", "gate_l2": "gate L2"}  # flags of the gates' regularisation
 CONDITIONS = ("nothing_attached", "gates_closed", "no_clip", "unrelated_clip")  # of VQA; a file may have more
 # columns of tables: title, key in Run.values, digits, scale
 COUNT, WORDS = ("n", "n"), ("words", "mean_words", 1)
@@ -52,6 +53,7 @@ class Run:
         self.system = config["fusion"]
         name, colour, marker, self.line = style(self.system)
         self.label = name + {"xe": "", "scst": " + SCST"}.get(stage, f", {stage}")
+        self.label += " + keep" if config.get("keep") else ""
         self.style = {"color": colour, "marker": "*" if stage == "scst" else marker}
         self.result = read_json(folder / "result.json")
         self.state = "finished" if self.result else "not finished"
@@ -86,8 +88,6 @@ class Run:
         conditions = (self.retention or {}).get("conditions", {})
         for condition, numbers in conditions.items():
             values.update({f"{condition}.{key}": value for key, value in numbers.items()})
-            loss = conditions["backbone"]["accuracy"] - numbers["accuracy"]
-            values[f"{condition}.loss"] = 100 * loss  # percentage points
         identical = [values.get(f"{condition}.identical") for condition in CONDITIONS[:3]]
         values["identical"] = "no" if False in identical else "yes"
         return values
@@ -169,15 +169,21 @@ def sweep(runs, flags):
     families = defaultdict(lambda: defaultdict(list))
     for run in runs:
         if run.stage == "xe":
-            values = [run.config.get(flag) for flag in (*flags, "steps")]
-            values = [" ".join(map(str, v)) if isinstance(v, list) else v for v in values]
-            family = str([run.config.get(flag) for flag in FLAGS if flag not in flags])
+            values = [shown(run.config.get(flag) or 0) for flag in (*flags, "steps")]  # older runs lack some
+            family = str([run.config.get(flag) or 0 for flag in FLAGS if flag not in flags])
             families[family][(run.label, *values)].append(run)
     several = []
     for family in families.values():
         if len({values[:-1] for values in family}) > 1:
             several.append(dict(sorted(family.items())))
     return several
+
+
+def shown(value):
+    """The value of a flag as a table shows it; they sort within a table."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "yes" if value is True else value
 
 
 def best_baseline(runs):
@@ -318,7 +324,10 @@ def retention_row(run):
         return (run.label,)
     if run.phase == "video":
         return (f"{run.label}, {run.name.rpartition('_s')[0]}",)
-    return (f"{run.label}, gate L2 {run.config['gate_l2']:g}, {run.config['steps']} steps",)
+    config = run.config
+    weights = ["null slot"] if config.get("null_slot") else []
+    weights += [f"{name} {config[key]:g}" for key, name in WEIGHTS.items() if config.get(key)]
+    return (f"{run.label.removesuffix(' + keep')}, {', '.join(weights)}, {config['steps']} steps",)
 
 
 def table_retention(study):
@@ -338,6 +347,7 @@ def table_retention(study):
     names = [*CONDITIONS, *sorted(more - {"backbone", *CONDITIONS})]
     return run_table(["system"], {("backbone",): [first.row(alone)], **groups}, [
         *((name.replace("_", " "), f"{name}.accuracy", 1, 100) for name in names),
+        *((f"loss, {name.replace('_', ' ')}", f"{name}.loss", 1, 100) for name in ("unrelated_clip", "silence", "noise")),
         ("agreement, unrelated clip", "unrelated_clip.agreement", 1, 100),
         ("NLL, unrelated clip", "unrelated_clip.nll"), ("first three identical to the backbone", "identical")])
 
@@ -348,10 +358,12 @@ def table_tries(study):
     rows = []
     for t in decision["tries"]:
         numbers = [f"{t[kind][key]:.2f}" for kind in ("audio", "vl") for key in ("before", "after", "loss")]
-        rows.append([f"{t['gate_l2']:g}", *numbers, "yes" if t["clean_identical"] else "no",
+        intervals = ["[{:.2f}, {:.2f}]".format(*t[kind]["loss_ci95"]) for kind in ("audio", "vl")]
+        numbers.insert(3, intervals[0])
+        rows.append([f"{t['keep']:g}", f"{t['gate_l2']:g}", *numbers, intervals[1], "yes" if t["clean_identical"] else "no",
                      f"{decision['tolerance']:g}", "yes" if t["within"] else "no",
                      f"`{'/'.join(Path(t['run']).parts[-2:])}`"])
-    return table(["gate L2", "captions before", "after", "loss", "VQA before", "after", "loss",
+    return table(["keep", "gate L2", "captions before", "after", "loss", "95%", "VQA before", "after", "loss", "95%",
                   "clean identical", "tolerance", "within", "run"], rows)
 
 
@@ -402,10 +414,15 @@ def table_targets(study):
             ("Clotho SPIDEr-FL", "≥ 0.33", f"{name}, no fluency penalty", "clotho", "xe", metric),
             ("reranker's gain in SPIDEr", "≥ 0.02", name, "core", "xe", f"gain_{metric}"),
             ("VQA loss, no clip", "≤ 0.5", points, "core", "xe", "no_clip.loss"),
-            ("VQA loss, unrelated clip", "none", points, "core", "xe", "unrelated_clip.loss")):
+            ("VQA loss, unrelated clip", "≤ 0.5", points, "core", "xe", "unrelated_clip.loss"),
+            ("VQA loss, unrelated clip, with keep", "≤ 0.5", points, "retention", "xe", "unrelated_clip.loss")):
         runs = [run for run in study.finished(phase) if run.system == "additive" and run.stage == stage
                 and not run.config.get("init") and key in run.values]
-        reached = cell(runs, key) if runs else "missing"
+        if phase == "retention":
+            runs = [run for run in runs if run.name.startswith("additive_keep")]
+        reached = "missing"
+        if runs:
+            reached = cell(runs, key, *((2, 100) if measure == points else ()))
         rows.append([title, target, measure, reached, folders(runs) or "-"])
     return table(["target at full scale", "value", "measured here as", "additive", "runs"],
                  rows if any(run.result for run in study.runs) else [])
@@ -424,16 +441,17 @@ def draw_log(ax, run, event, key, name, **look):
             ax.plot(*zip(*points), mfc=fill, lw=1.2, ms=4, label=label, **look)
 
 
-def draw_scores(ax, study, key, scale=1):
-    """Test score of each core run against another of its values, with 95% intervals."""
-    for run in study.core:
+def draw_scores(ax, study, runs, key, scale=1):
+    """Test score of each run against another of its values, with 95% intervals."""
+    for run in runs:
         if study.metric in run.values and key in run.values:
             x, widths = scale * run.values[key], None
             if f"{key}_ci95" in run.values:
                 low, high = run.values[f"{key}_ci95"]
                 widths = [[x - scale * low], [scale * high - x]]
+            fill = "white" if run.config.get("keep") else run.style["color"]
             ax.errorbar(x, run.values[study.metric], half_width(run, study.metric), widths, ls="", ms=7,
-                        elinewidth=0.7, label=run.label, **run.style)
+                        mfc=fill, elinewidth=0.7, label=run.label, **run.style)
     ax.set_ylabel(study.test_name)
 
 
@@ -479,28 +497,33 @@ def figure_pareto(study, figure):
     """Test score against trainable parameters, one point for each run with its 95% interval over clips."""
     if study.finished("core"):
         ax = figure.subplots()
-        draw_scores(ax, study, "trainable_parameters")
+        draw_scores(ax, study, study.core, "trainable_parameters")
         ax.set(xscale="log", xlabel="trainable parameters")
 
 
 def figure_frontier(study, figure):
-    """Test score against VQA accuracy beside an unrelated clip, one point for each run with 95% intervals.
-    Numbers: weight of the gates' L2 penalty, means over seeds."""
+    """Test score against VQA accuracy beside an unrelated clip, one point for each run with 95% intervals. Hollow:
+    with keep. Lines: shorter runs along a weight of the gates' regularisation, whose values the numbers are."""
     accuracy = "unrelated_clip.accuracy"
     runs = [run for run in study.finished("core", "ablation", "retention") if accuracy in run.values]
     if not runs:
         return
     ax = figure.subplots()
-    draw_scores(ax, study, accuracy, 100)
-    for family in sweep([run for run in runs if run.phase != "core"], ["gate_l2"]):
-        points = []
-        for (name, penalty, _), group in family.items():
-            x = np.mean([100 * run.values[accuracy] for run in group])
-            y = np.mean([run.values[study.metric] for run in group])
-            below = -9 if len(points) % 2 else 4  # every other one, as neighbours may be close
-            ax.annotate(f"{penalty:g}", (x, y), (4, below), textcoords="offset points", fontsize=7, zorder=5)
-            points.append((x, y))
-        ax.plot(*zip(*points), color="black", lw=0.9, marker=".", label=f"{name}, gate L2", zorder=4)
+    draw_scores(ax, study, study.core, accuracy, 100)
+    others = [run for run in runs if run.phase != "core"]
+    draw_scores(ax, study, [run for run in others if "_keep_s" in run.name], accuracy, 100)
+    for (flag, title), grey in zip(WEIGHTS.items(), ("black", "0.55")):
+        for family in sweep([run for run in others if "_keep_s" not in run.name], [flag]):
+            points, labels = [], {}
+            for (name, weight, _), group in family.items():
+                x = np.mean([100 * run.values[accuracy] for run in group])
+                y = np.mean([run.values[study.metric] for run in group])
+                points.append((x, y))
+                near = [p for p in labels if abs(p[0] - x) < 1 and abs(p[1] - y) < 0.02]
+                labels.setdefault(near[0] if near else (x, y), []).append(f"{weight:g}")
+            for point, weights in labels.items():  # one label for points that are close together
+                ax.annotate(", ".join(weights), point, (4, 4), textcoords="offset points", fontsize=7, zorder=5)
+            ax.plot(*zip(*points), color=grey, lw=0.9, marker=".", label=f"{name.removesuffix(' + keep')}, {title}", zorder=4)
     backbone = 100 * runs[0].values["backbone.accuracy"]
     ax.axvline(backbone, color="black", lw=0.8, ls=":", label="backbone alone")
     ax.set_xlabel("VQA accuracy beside an unrelated clip, %")
@@ -574,7 +597,9 @@ def sections(study):
     yield ("T5 VQA retention", 1, table_retention(study),
            f"VQA accuracy in percent on {probe}, and agreement with the backbone's own answers. One seed: 95% "
            "interval over questions.", [figure_frontier])
-    yield "Gate regularisation", 3, table_sweep(study, ["gate_l2"]), "", []
+    yield ("Gate regularisation: keep", 3, table_sweep(study, ["null_slot", "keep"]),
+           "Keep: weight of the divergence from the backbone's own answers beside unrelated clips.", [])
+    yield "Gate regularisation: L2", 3, table_sweep(study, ["gate_l2"]), "", []
     yield ("Video", 3, table_scores(study, "video", ["run", "trained", "given"]),
            "First beam of 5, test split of the audio-visual dataset.", [])
     yield ("Cost of the second modality", 3, table_tries(study),

@@ -26,6 +26,7 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -57,6 +58,7 @@ def parse_args(argv=None):
     add("--fusion", default="additive", choices=list(fusions.SYSTEMS), help="how the modality enters")
     add("--layers", type=int, nargs="+", default=[12, 24], help="fused decoder layers, counted from 0")
     add("--tokens", type=int, default=16, help="modality tokens a clip")
+    add("--null-slot", action="store_true", help="attention may choose to read nothing; not for concat")
     add("--hidden", type=int, default=768, help="inner width of the projector")
     add("--gate-init", type=float, default=0.05, help="initial gates of additive")
     add("--modality", default="audio", choices=["audio", "video"], help="of the encoder")
@@ -81,6 +83,12 @@ def parse_args(argv=None):
     add("--clip", type=float, default=1.0, help="maximum gradient norm")
     add("--contrastive", type=float, default=0.0, help="weight of the CLAP-contrastive term, 0 = off")
     add("--gate-l2", type=float, default=1e-4, help="weight of the squared gates")
+    add("--keep", type=float, default=0.0, metavar="W",
+        help="weight of the divergence from the backbone's own answers to --keep-qa, 0 = off")
+    add("--keep-qa", metavar="FILE", help="questions for --keep, as evaluate.py retention reads them, "
+        "also without images")
+    add("--keep-every", type=int, default=1, metavar="K", help="steps from one such batch to the next")
+    add("--probe", metavar="FILE", help="questions of evaluate.py retention: --keep-qa must not have them")
     # validation and SCST
     add("--eval-every", type=int, default=0, help="steps, 0 = an epoch")
     add("--patience", type=int, default=2, help="validations without improvement that end a stage")
@@ -97,13 +105,15 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
 
     args.layers = sorted(set(args.layers))
-    for flag in "tokens hidden steps batch_size micro_batch patience scst_steps".split():
+    for flag in "tokens hidden steps batch_size micro_batch patience scst_steps keep_every".split():
         if getattr(args, flag) < 1:
             p.error(f"--{flag.replace('_', '-')} must be at least 1")
     if args.scst != "off" and args.scst_samples < 2:
         p.error("--scst-samples must be at least 2: the baseline needs another sample")
     if args.contrastive and args.modality != "audio":
         p.error("--contrastive compares with CLAP's text side: it needs --modality audio")
+    if bool(args.keep) != bool(args.keep_qa):
+        p.error("--keep and --keep-qa need each other: a weight above 0 and a file of questions")
     if args.beside and args.scst != "off":
         p.error("--beside is for cross-entropy: it needs --scst off")
     args.micro_batch = min(args.micro_batch, args.batch_size)
@@ -264,6 +274,23 @@ def scst_loss(model, batch, reward, args):
     return loss / batch.parts, terms
 
 
+def keep_loss(model, batch, args):
+    """(loss, {batch.term}) of a KeptBatch: how far the model is from the answers that it should keep.
+
+    loss = args.keep * KL(p_before || p_now), summed over the answers' tokens / such tokens of the
+    whole step. p_before: of the backbone with nothing attached, p_now: with unrelated clips.
+    """
+    backbone, lm_head = model.backbone, model.backbone.llava.lm_head
+    with backbone.autocast(), fusions.attach_branches(
+            backbone.decoder, batch.branches, range(len(batch.states)), batch.slots):
+        hidden = model.head(inputs_embeds=batch.states, use_cache=False).last_hidden_state
+        now = lm_head(hidden[batch.rows, batch.positions]).float()            # (A, V)
+        before = lm_head(batch.before).float()
+    kl = F.kl_div(now.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="sum")
+    kl = kl / batch.tokens
+    return args.keep * kl, {batch.term: kl.detach()}
+
+
 # ---------------------------------------------------------------- training captions
 
 class TrunkStates:
@@ -382,6 +409,153 @@ class TrainingCaptions(TrunkStates):
                     batch.text = text.to(self.device, non_blocking=True)
                     batch.text_clips = text_clips.to(self.device, non_blocking=True)
                 yield batch
+
+
+# ---------------------------------------------------------------- answers to keep
+
+CLIPS, SILENCE = 0.7, 0.15  # what is attached beside a question: other clips, silence, else noise
+
+
+@dataclass
+class KeptBatch:
+    """One process's share of the answers to keep in a step: B questions with A answer tokens."""
+    branches: list            # the fusions, each with frames of B clips
+    states: torch.Tensor      # (B, T, D), question and answer behind the trunk
+    slots: torch.Tensor | None  # (B, N), positions of concat's placeholders
+    rows: torch.Tensor        # (A,), and positions (A,): the states that predict answer tokens
+    positions: torch.Tensor
+    before: torch.Tensor      # (A, D), final states in their place before training
+    tokens: int               # answer tokens of the whole step
+    term: str                 # its name in the log
+
+
+class Distractors:
+    """Frames of one modality that have nothing to do with a question."""
+
+    def __init__(self, clips, encoder, seed):
+        self.clips = clips
+        self.silence, self.noises = evaluate.silence_and_noise(encoder, [seed, 1])
+
+    def draw(self, generator, n):
+        """Frames [(S, E)] of n clips, of silence and of noise."""
+        frames = []
+        for kind in generator.random(n):
+            pool = self.noises
+            if kind < CLIPS + SILENCE:
+                pool = self.silence if kind >= CLIPS else self.clips
+            frames.append(pool[int(generator.integers(len(pool)))])
+        return frames
+
+
+class KeptAnswers:
+    """Answers that training should not change, and the batches of each step.
+
+    Their states behind the frozen trunk, and the final states that predict them, are computed
+    once. questions: data.Question. answers: texts. older: a Branch with a clip for each question,
+    whose answers these are; None: they are the backbone's own, beside unrelated clips.
+    """
+
+    def __init__(self, model, questions, answers, distractors, older=None):
+        self.model, self.distractors, self.older = model, distractors, older
+        self.examples = []  # (states (T, D), slots, final states (A, D))
+        batches = [range(i, min(i + 32, len(answers))) for i in range(0, len(answers), 32)]
+        for batch in tqdm(batches, desc="answers to keep", unit="batch", leave=False):
+            chosen, texts = [questions[i] for i in batch], [answers[i] for i in batch]
+            self.examples += self._encode(chosen, texts, batch)
+
+    @torch.inference_mode()
+    def _encode(self, questions, answers, numbers):
+        backbone, N = self.model.backbone, len(self.model.slots or ())
+        texts = [backbone.chat(q.question, image=q.image is not None) for q in questions]
+        images = [data.open_image(q.image) for q in questions if q.image]
+        inputs = backbone.processor(text=texts, images=images or None)
+        prompts, pixels = inputs["input_ids"], {}
+        if images:
+            pixels = torch.as_tensor(np.stack(inputs["pixel_values"]))
+            pixels = {"pixel_values": pixels.to(backbone.device, backbone.llava.dtype)}
+        answers = [backbone.caption_ids(q.question, a) for q, a in zip(questions, answers)]
+        attached = [self.older] if self.older else []
+        with fusions.attach_branches(backbone.decoder, attached, numbers):
+            states, final = self._states(prompts, answers, pixels)
+        slots = [None] * len(prompts)
+        if N:  # the backbone's own answers are those without placeholders
+            first = [self._first_slot(q, prompt) for q, prompt in zip(questions, prompts)]
+            prompts = [p[:f] + [backbone.placeholder] * N + p[f:] for f, p in zip(first, prompts)]
+            slots = [list(range(f, f + N)) for f in first]
+            states, _ = self._states(prompts, answers, pixels)
+        return list(zip(states, slots, final))
+
+    def _first_slot(self, question, prompt):
+        backbone = self.model.backbone
+        if question.image:
+            return prompt.index(backbone.llava.config.image_token_id)
+        return backbone.prompt(question.question, 1)[1][0]
+
+    def _states(self, prompts, answers, pixels):
+        """States (T, D) behind the trunk, and final ones (A, D) that predict the answer, of each."""
+        backbone, inner = self.model.backbone, {}
+
+        def record(module, args, kwargs):
+            inner["states"] = args[0] if args else kwargs["hidden_states"]
+
+        rows = [torch.tensor(p + a) for p, a in zip(prompts, answers)]
+        ids = pad_sequence(rows, batch_first=True, padding_value=backbone.pad)
+        block = backbone.decoder.layers[self.model.split_layer]
+        handle = block.register_forward_pre_hook(record, with_kwargs=True)
+        try:
+            with backbone.autocast():
+                out = backbone.llava.model(input_ids=ids.to(backbone.device), use_cache=False, **pixels)
+        finally:
+            handle.remove()
+        states, final = inner["states"].cpu(), out.last_hidden_state.cpu()
+        states = [h[:len(row)].clone() for h, row in zip(states, rows)]
+        final = [h[len(p) - 1:len(p) + len(a) - 1].clone() for h, p, a in zip(final, prompts, answers)]
+        return states, final
+
+    def batches(self, step, args):
+        """This process's KeptBatch of a step, if it has one."""
+        if step % args.keep_every:
+            return
+        n, device = args.micro_batch, self.model.backbone.device
+        generator = np.random.default_rng([args.seed, step, self.older is not None])
+        picks = generator.integers(len(self.examples), size=n).tolist()
+        drawn = {m: pool.draw(generator, n) for m, pool in self.distractors.items()}
+        if self.older:
+            frames = [self.older.frames[i] for i in picks]
+            drawn[self.older.fusion.spec.modality] = frames
+        share = range(RANK, n, WORLD)
+        states, slots, final = zip(*(self.examples[picks[i]] for i in share))
+        branches = []
+        for branch in self.model.branches:
+            frames = drawn[branch.fusion.spec.modality]
+            branches.append(fusions.Branch(branch.fusion, [frames[i] for i in share]))
+        rows, positions = [], []
+        for row, (h, last) in enumerate(zip(states, final)):
+            rows += [row] * len(last)
+            positions += range(len(h) - len(last) - 1, len(h) - 1)
+        slots = None if slots[0] is None else torch.tensor(slots)
+        tensors = [pad_sequence(states, batch_first=True), slots, torch.tensor(rows),
+                   torch.tensor(positions), torch.cat(final)]
+        tensors = [t if t is None else t.to(device, non_blocking=True) for t in tensors]
+        tokens = sum(len(self.examples[i][2]) for i in picks)
+        yield KeptBatch(branches, *tensors, tokens, "keep_captions" if self.older else "keep")
+
+
+def answers_to_keep(model, inputs, beside, args):
+    """[KeptAnswers] of --keep: of --keep-qa, and with --beside of the older run's captions."""
+    if not args.keep:
+        return []
+    backbone = model.backbone
+    questions = data.read_kept(args.keep_qa)
+    distractors = {b.fusion.spec.modality: Distractors(
+        b.frames, inputs.encoders[b.fusion.spec.modality], args.seed) for b in model.branches}
+    answers = evaluate.own_answers(backbone, questions, args.cache)
+    kept = [KeptAnswers(model, questions, answers, distractors)]
+    if beside:
+        older, captions = evaluate.own_captions(beside, data.KEPT, args)
+        prompt = data.Question("", None, beside.config["prompt"], "", "")
+        kept.append(KeptAnswers(model, [prompt] * len(captions), captions, distractors, older))
+    return kept
 
 
 # ---------------------------------------------------------------- the run's folder
@@ -547,14 +721,24 @@ def cosine(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, steps - first)))
 
 
-def optimizer_step(model, batches, loss_function, optimizer, rate, args):
+def step_batches(captions, kept, loss_function, stage, step, args):
+    """(loss function, batch) of all that a step learns from: captions, and answers to keep."""
+    for batch in captions.batches(stage, step, args):
+        yield loss_function, batch
+    for answers in kept:
+        for batch in answers.batches(step, args):
+            yield keep_loss, batch
+
+
+def optimizer_step(model, batches, optimizer, rate, args):
     """One step over the micro-batches: (terms of the loss, gradient norm).
 
-    loss_function(model, batch, args=args) -> (loss, {name: number}). rate: fraction of the peak
-    learning rates. Raises NotFinite before any weight changes.
+    batches: pairs of a function and a Batch; loss_function(model, batch, args=args) -> (loss,
+    {name: number}), whose losses and terms add up. rate: fraction of the peak learning rates.
+    Raises NotFinite before any weight changes.
     """
     totals = {}
-    for batch in batches:
+    for loss_function, batch in batches:
         loss, terms = loss_function(model, batch, args=args)
         loss.backward()
         for name, value in terms.items():
@@ -626,7 +810,7 @@ def collapse(scores, xe):
     return None
 
 
-def train_stage(model, captions, val_inputs, optimizer, progress, loss_function, args):
+def train_stage(model, captions, kept, val_inputs, optimizer, progress, loss_function, args):
     """Train one stage, XE or SCST, to its end; the best checkpoint is kept."""
     stage, start, out = progress.stage, progress.step, Path(args.out)
     steps, folder = (args.steps, out) if stage == "xe" else (args.scst_steps, out / "scst")
@@ -676,9 +860,10 @@ def train_stage(model, captions, val_inputs, optimizer, progress, loss_function,
 
         # step
         began = time.perf_counter()
-        rate, batches = cosine(step, steps, args.warmup), captions.batches(stage, step, args)
+        rate = cosine(step, steps, args.warmup)
+        batches = step_batches(captions, kept, loss_function, stage, step, args)
         try:
-            terms, norm = optimizer_step(model, batches, loss_function, optimizer, rate, args)
+            terms, norm = optimizer_step(model, batches, optimizer, rate, args)
         except NotFinite as e:
             rows = captions.order.step(step, args.batch_size)[:64]
             ids = " ".join(captions.clips[clip].id for clip, _ in rows)
@@ -703,7 +888,8 @@ def build_model(inputs, clips, beside, args):
     torch.manual_seed(args.seed)
     fusion = fusions.build(
         args.fusion, decoder, encoder_width=encoder.width, layers=args.layers, tokens=args.tokens,
-        hidden=args.hidden, gate_init=args.gate_init, modality=args.modality).to(backbone.device)
+        hidden=args.hidden, gate_init=args.gate_init, modality=args.modality,
+        null_slot=args.null_slot).to(backbone.device)
     if args.init:
         fusion.load_state_dict(fusions.load(args.init, decoder).state_dict())
     contrast = ContrastiveHead(decoder.config.hidden_size, encoder.embed_dim).to(backbone.device)
@@ -740,6 +926,8 @@ def main(argv=None):
     splits = [data.read_split(args.dataset, args.data, name) for name in ("train", "val")]
     if splits[0].clips[0].question and args.scst != "off":
         raise InputError(f"{args.data}: has questions, and SCST is for captions: use --scst off")
+    if args.keep:
+        data.check_apart(args.keep_qa, data.read_qa(args.probe)[0] if args.probe else [])
     if is_finished(args):
         return
     beside = evaluate.open_beside(vars(args), args.device, args.dtype)
@@ -765,6 +953,7 @@ def main(argv=None):
               "versions": evaluate.versions()}
     config = read_json(out / "config.json") or config
     captions = TrainingCaptions(model, clips, prompts, inputs.encoders[args.modality], args)
+    kept = answers_to_keep(model, inputs, beside, args)
     progress, optimizer = start_or_resume(model, args)
     if args.scst == "now":
         config |= {key: value for key, value in vars(args).items() if key.startswith("scst")}
@@ -774,13 +963,13 @@ def main(argv=None):
         write_json(out / "config.json", config)
 
     if progress.stage == "xe":
-        train_stage(model, captions, val_inputs, optimizer, progress, xe_loss, args)
+        train_stage(model, captions, kept, val_inputs, optimizer, progress, xe_loss, args)
         if args.scst == "auto":
             progress, optimizer = begin_scst(model, progress, args)
     if progress.stage == "scst":
         corpus = [[scst.words(r) for r in clip.references] for clip in clips]
         loss = partial(scst_loss, reward=scst.CiderD(corpus, end=True))
-        train_stage(model, captions, val_inputs, optimizer, progress, loss, args)
+        train_stage(model, captions, kept, val_inputs, optimizer, progress, loss, args)
 
     # training.json says that the run is finished
     if RANK == 0:

@@ -31,8 +31,8 @@ import evaluate  # noqa: E402
 import fusion as fusions  # noqa: E402
 import scst  # noqa: E402
 from random_llava import (  # noqa: E402
-    MAX_WORDS, MEAN_WORDS, PROMPT_WORDS, RandomBackbone, ScstStep, Step, make_model)
-from timing import CLOCKS, Table, peak, ratio, share_of_matmul  # noqa: E402
+    MAX_WORDS, MEAN_WORDS, PROMPT_WORDS, KeepStep, RandomBackbone, ScstStep, Step, make_model)
+from timing import CLOCKS, Metered, Table, peak, ratio, share_of_matmul  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -110,19 +110,6 @@ def bench_mfu(table, world):
     share_of_matmul(table, "prefix: share of the rate of one product", world.prefix(), target=target)
 
 
-class Metered:
-    """A function that sums up the seconds spent in it."""
-
-    def __init__(self, function, table):
-        self.function, self.table, self.spent = function, table, 0.0
-
-    def __call__(self, *args, **kwargs):
-        start = self.table.now()
-        result = self.function(*args, **kwargs)
-        self.spent += self.table.now() - start
-        return result
-
-
 def bench_scst(table, world):
     """An SCST step and an XE step of the same clips, K = 5: of random weights, and as trained runs logged it."""
     for name, layers in world.layers.items():
@@ -153,6 +140,18 @@ def bench_scst(table, world):
         if a:  # a trained policy: most samples of a clip begin alike, and that is computed once
             a, b = statistics.median(a), statistics.median(b)
             table.row(f"{path.parent.name}, SCST step over XE step, a clip", a, b, "ms", a / b, target=4, at_most=True)
+
+
+def bench_keep(table, world):
+    """A step that also keeps the answers to as many questions, and a step without; text: a question without an image."""
+    for name, layers in world.layers.items():
+        plain = world.additive(layers)
+        for what, positions in (("16 patches", 36), ("576 patches", 596), ("text", 20)):
+            keeping = KeepStep(plain.model, world.clips, positions)
+            table.compare(f"{name}, {what}: with keep over without", plain, keeping, 1e3, "ms")
+            steps = (plain, plain, plain, keeping)
+            table.compare(f"{name}, {what}: every fourth step", lambda: [plain() for _ in range(4)],
+                          lambda: [step() for step in steps], 1e3, "ms", repeats=3)
 
 
 def read_log(path):
@@ -432,7 +431,7 @@ def bench_time7b(table, world):
     bench7b.operations(table)
 
 
-OF_MODELS = ("step", "prefix", "memory", "mfu", "scst", "decode")  # these differ with --wide
+OF_MODELS = ("step", "prefix", "memory", "mfu", "scst", "keep", "decode")  # these differ with --wide
 ON_REQUEST = ("7b", "memory7b", "time7b")
 BENCHES = {name.removeprefix("bench_"): f for name, f in list(globals().items()) if name.startswith("bench_")}
 

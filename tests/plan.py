@@ -55,6 +55,9 @@ def training_cost(args):
     if args.scst != "off":
         total += args.scst_steps * args.batch_size * (TERAFLOP["drawing"] + tree)
         steps += args.scst_steps
+    if args.keep:  # a micro-batch of questions a step, and of captions beside an older run
+        questions = steps // args.keep_every * args.micro_batch
+        total += questions * xe * (QUESTION / (PROMPT + CAPTION) + bool(args.beside))
     every = args.eval_every or max(1, train_clips // args.batch_size)
     return total + steps // every * clips["val"] * greedy()
 

@@ -131,7 +131,7 @@ class Step:
         return train.xe_loss(self.model, self.batch(), self.args)[0]
 
     def __call__(self):
-        train.optimizer_step(self.model, [self.batch()], train.xe_loss, self.optimizer, 1.0, self.args)
+        train.optimizer_step(self.model, [(train.xe_loss, self.batch())], self.optimizer, 1.0, self.args)
 
     def backward(self):
         self.loss().backward()
@@ -161,6 +161,26 @@ class Step:
         return sum(kept.values())
 
 
+class KeepStep(Step):
+    """A Step that also keeps the answers to as many questions; positions: of a question, image and answer."""
+
+    def __init__(self, model, clips, positions, answer=4):
+        super().__init__(model, clips)
+        backbone, draw = model.backbone, torch.Generator().manual_seed(0)
+        states = torch.randn(clips, positions, backbone.decoder.config.hidden_size, generator=draw)
+        rows = torch.arange(clips).repeat_interleave(answer)
+        last = torch.arange(positions - answer - 1, positions - 1).repeat(clips)
+        branches = [fusions.Branch(model.fusion, backbone.features)]
+        self.kept = train.KeptBatch(
+            branches, states.to(backbone.device, backbone.llava.dtype), None, rows.to(backbone.device),
+            last.to(backbone.device), states[rows, last].to(backbone.device, backbone.llava.dtype), len(rows), "keep")
+        self.args.keep = 1.0
+
+    def __call__(self):
+        batches = [(train.xe_loss, self.batch()), (train.keep_loss, self.kept)]
+        train.optimizer_step(self.model, batches, self.optimizer, 1.0, self.args)
+
+
 class ScstStep:
     """train.py's optimizer_step with its scst_loss, on the same clips each time, with a new seed each time."""
 
@@ -184,4 +204,4 @@ class ScstStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def __call__(self):
-        train.optimizer_step(self.model, [self.batch()], self.loss, self.optimizer, 1.0, self.args)
+        train.optimizer_step(self.model, [(self.loss, self.batch())], self.optimizer, 1.0, self.args)

@@ -13,14 +13,14 @@ from random_llava import RandomBackbone, Step, make_model
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "bench.json"
-    printed = python(ROOT / "tests/bench.py", "step", "memory", "scst", "cider", "--clips", "2", "--items", "30",
+    printed = python(ROOT / "tests/bench.py", "step", "memory", "scst", "keep", "cider", "--clips", "2", "--items", "30",
                      "--repeats", "2", "--json", out).stdout
     return printed, json.loads(out.read_text())
 
 
 def test_rows_are_ratios_of_what_is_printed(done):
     printed, result = done
-    assert {r["bench"] for r in result["rows"]} == {"step", "memory", "scst", "cider"}
+    assert {r["bench"] for r in result["rows"]} == {"step", "memory", "scst", "keep", "cider"}
     assert result["machine"] in printed
     for row in result["rows"]:
         assert math.isfinite(row["ours"]) and row["ours"] > 0 and row["what"] in printed

@@ -73,7 +73,7 @@ def test_a_run_on_a_pretended_cuda_device(world, pretended, tmp_path):
     out = tmp_path / "run"
     more = ["--device", "cuda", "--steps", "2", "--eval-every", "2", "--batch-size", "4", "--micro-batch", "2",
             "--tokens", "4", "--scst", "auto", "--scst-steps", "2", "--scst-samples", "3", "--scst-temperature", "0.5",
-            "--cache", tmp_path / "cache"]
+            "--cache", tmp_path / "cache", "--null-slot", "--keep", "1", "--keep-qa", world / "data/qa/train.json"]
     done = python("-c", PRETENDED, out, world / "data/qa/test.json", *flags(world, out, *more), env=pretended)
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["problems"] == []
@@ -130,7 +130,7 @@ train.main(sys.argv[2:])
 def test_two_processes_are_one_and_wait_for_features(world, tmp_path, monkeypatch):
     """The same losses and validation captions, with features that take longer than the process group's timeout."""
     one, two, captions = tmp_path / "one", tmp_path / "two", []
-    more = ["--steps", "20", "--eval-every", "20"]
+    more = ["--steps", "20", "--eval-every", "20", "--keep", "1", "--keep-qa", world / "data/qa/train.json"]
     make_items = evaluate.make_items
     monkeypatch.setattr(evaluate, "make_items", lambda clips, chosen: (captions.extend(c["text"] for c in chosen),
                                                                        make_items(clips, chosen))[1])
@@ -141,7 +141,7 @@ def test_two_processes_are_one_and_wait_for_features(world, tmp_path, monkeypatc
            *flags(world, two, *more, "--cache", tmp_path / "cache"),
            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     for a, b in zip(log_of(one, "step"), log_of(two, "step"), strict=True):
-        for term in ("xe", "contrastive", "gradient_norm"):
+        for term in ("xe", "contrastive", "keep", "gradient_norm"):
             assert a[term] == pytest.approx(b[term], abs=1e-5, rel=1e-5), (a["step"], term)
     assert json.loads((two / "captions.json").read_text()) == captions and len(set(captions)) > 1
     (a,), (b,) = log_of(one, "validation"), log_of(two, "validation")

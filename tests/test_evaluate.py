@@ -494,10 +494,12 @@ def test_silence_and_noise(world, modality, model):
 def a_try(folder, gate_l2, audio=(0.6, 0.6), vl=(0.9, 0.9), identical=True):
     folder.mkdir()
     metric = evaluate.selection_metric()
+    right = [[{"answer": "yes" if i < 200 * share else "no"} for i in range(200)] for share in vl]
     for name, content in {
-            "config": {"gate_l2": gate_l2}, "result": {"gates": {"3": 0.1}, "cider_d": 2.0},
+            "config": {"gate_l2": gate_l2, "keep": 1e4 * gate_l2}, "result": {"gates": {"3": 0.1}, "cider_d": 2.0},
             "audio_again": {"modality": "audio", "before": {metric: audio[0]}, "distracted": {metric: audio[1]},
-                            "clean_identical": identical},
+                            "clean_identical": identical, f"{metric}_loss_ci95": [-0.01, 0.02]},
+            "retention_items": [{"truth": "Yes.", "unrelated_audio": a, "unrelated_clip": b} for a, b in zip(*right)],
             "retention": {"conditions": {"no_clip": {"identical": True}, "nothing_attached": {"identical": True},
                                          "unrelated_audio": {"accuracy": vl[0]},
                                          "unrelated_clip": {"accuracy": vl[1]}}},
@@ -526,13 +528,17 @@ def test_the_decision(tmp_path, capsys):
                                     (tries, -1, 3), (tries, 0.2, 3), ([spoilt], 100, 3)]:
         got, found = decide(runs, tolerance, out)
         assert got == status, (runs, tolerance, found)
-        assert found["decision"] == ("keep" if status == 0 else "raise gate_l2") and len(found["tries"]) == len(runs)
+        assert found["decision"] == ("keep" if status == 0 else "raise keep and gate_l2") and len(found["tries"]) == len(runs)
         assert [t["run"] for t in found["tries"]] == list(map(str, runs))
     capsys.readouterr()
     found = decide(tries, 0.5, out)[1]["tries"]
     assert capsys.readouterr().out.count("\n") == 3
     assert [t["gate_l2"] for t in found] == [1e-4, 1e-3, 1e-2] and [t["within"] for t in found] == [False, False, True]
+    assert [t["keep"] for t in found] == [1, 10, 100]
     assert found[0]["audio"]["loss"] == pytest.approx(10) and found[1]["vl"]["loss"] == pytest.approx(1)
+    assert found[0]["audio"]["loss_ci95"] == [-1, 2] and found[0]["vl"]["loss_ci95"] == [0, 0]
+    low, high = found[1]["vl"]["loss_ci95"]  # two of 200 questions are lost: 0 to 2.5 points, about Poisson
+    assert 0 <= low < 0.5 and 2 <= high <= 3
     (tries[0] / "retention.json").unlink()
     done = python("evaluate.py", "decide", *tries, "--out", out, check=False)
     assert done.returncode == 2 and "retention" in done.stderr and done.stderr.count("\n") == 1

@@ -112,6 +112,44 @@ def test_nothing_is_left_behind_after_an_exception(llama, kind):
     assert all(torch.equal(v, weights[k]) for k, v in llama.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", GATED)
+def test_a_null_slot(llama, kind, tmp_path):
+    """At the start it takes its share of the read-out; with a large logit nothing is read; closed gates stay exact."""
+    decoder, (ids, frames, mask, _) = decoder_of(llama), inputs()
+    plain, fusion = make(kind, decoder), make(kind, decoder, null_slot=True)
+    fusion.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        before = llama(ids).logits
+        with plain.attach(decoder, frames, mask):
+            opened = llama(ids).logits
+        with fusion.attach(decoder, frames, mask):
+            assert (llama(ids).logits - opened).abs().max() > 1e-3      # a slot takes its share
+        h = torch.rand(3, 12, 64) + 0.1
+        block = getattr(fusion, "block", None)
+        for layer, null in fusion.null.items():
+            if block:  # a LayerNorm that lets a constant direction through
+                block[layer]["norm"].bias.fill_(100)
+                null.copy_(1000 * block[layer]["q"](block[layer]["norm"].bias))
+            else:      # queries of positive states all point along ones
+                null.fill_(1000)
+            prepared = fusion.prepare(fusion.tokens(frames, mask))[int(layer)]
+            assert prepared[0].shape[2] == 6 and not prepared[1][:, :, -1].any()
+            torch.testing.assert_close(fusion.change(int(layer), h, prepared, None), h, atol=1e-6, rtol=0)
+        fusion.set_gates(0.0)
+        with fusion.attach(decoder, frames, mask):
+            assert torch.equal(llama(ids).logits, before)
+    fusion.save(tmp_path)
+    again = fusions.load(tmp_path, decoder)
+    assert all(torch.equal(a, b) for a, b in zip(fusion.state_dict().values(), again.state_dict().values()))
+    plain.save(tmp_path)                                                # as before there were null slots
+    spec = json.loads((tmp_path / "fusion.json").read_text())
+    del spec["null_slot"]
+    (tmp_path / "fusion.json").write_text(json.dumps(spec))
+    assert not fusions.load(tmp_path, decoder).null
+    with pytest.raises(FusionError, match="--null-slot"):
+        make("concat", decoder, null_slot=True)
+
+
 def test_without_a_clip_it_is_the_backbone(llama):
     decoder, (ids, *_) = decoder_of(llama), inputs()
     for kind in ("additive", "cross_attention", "concat", "data_only"):

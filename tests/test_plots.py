@@ -80,7 +80,7 @@ def retention(home, beside, **more):
     conditions = {"backbone": 0.965, "nothing_attached": 0.965, "gates_closed": 0.965, "no_clip": 0.965,
                   "unrelated_clip": beside, **more}
     write(home / "retention.json", {"n": 200, "hash": "0123456789abcdef", "conditions": {
-        name: {"accuracy": a, "accuracy_ci95": [a - 0.03, min(1, a + 0.02)], "nll": 0.2, "nll_ci95": [0.1, 0.3],
+        name: {"loss": 0.965 - a, "accuracy": a, "accuracy_ci95": [a - 0.03, min(1, a + 0.02)], "nll": 0.2, "nll_ci95": [0.1, 0.3],
                "agreement": a, "agreement_ci95": [a - 0.03, 1.0], "identical": name in (
                    "backbone", "nothing_attached", "gates_closed", "no_clip")} for name, a in conditions.items()}})
 
@@ -124,12 +124,21 @@ def study(folder):
         retention(fake_run(folder, f"retention/gate_l2_{value}_s0", "additive", 0, level, gate_l2=value,
                            steps=160), kept)
     retention(fake_run(folder, "ablation/additive_l3-6_n16_h512_c0.1_s0", "additive", 0, 0.75, steps=160), 0.9)
+    keep = {"null_slot": True, "keep_every": 1}
+    for value in (0.3, 3):
+        retention(fake_run(folder, f"retention/keep_{value}_s0", "additive", 0, 0.76, steps=160, keep=value, **keep),
+                  0.94 + value / 200)
+    for seed in (0, 1):
+        retention(fake_run(folder, f"retention/additive_keep_s{seed}", "additive", seed, keep=1, **keep), 0.961,
+                  silence=0.96, noise=0.965)
+    retention(fake_run(folder, "retention/concat_keep_s0", "concat", 0, keep=1, keep_every=1), 0.95)
     for value in (0, 0.2, 1):
         fake_run(folder, f"appendix/gate_{value}_s0", "additive", 0, 0.7 + value / 100, gate_init=value)
     write(folder / "phase3/decision.json", {"tolerance": 0.5, "decision": "keep", "tries": [
-        {"run": f"anywhere/tiny/video/video_s{k}", "gate_l2": 10 ** k * 1e-4, "clean_identical": True, "within": k > 0,
-         "audio": {"before": 78.0, "after": 77.4 + k / 5, "loss": 0.6 - k / 5},
-         "vl": {"before": 91.0, "after": 90.9, "loss": 0.1}} for k in (0, 1)]})
+        {"run": f"anywhere/tiny/video/video_s{k}", "gate_l2": 10 ** k * 1e-4, "keep": 1 + 2 * k,
+         "clean_identical": True, "within": k > 0,
+         "audio": {"before": 78.0, "after": 77.4 + k / 5, "loss": 0.6 - k / 5, "loss_ci95": [-0.3, 1.5]},
+         "vl": {"before": 91.0, "after": 90.9, "loss": 0.1, "loss_ci95": [-0.4, 0.7]}} for k in (0, 1)]})
     for k, system in enumerate(("cross_attention", "concat", "unfreeze", "data_only")):
         comparison(folder / f"statistics/additive_vs_{system}.json", 2, 2, LEVEL["additive"] - LEVEL[system], 0.05)
     for seed in (0, 1):
@@ -170,7 +179,7 @@ def test_first_line_is_the_scale_and_nothing_is_missing(whole):
 def test_every_row_names_its_runs(whole):
     folder, report = whole
     for line in report.split("## T1")[1].split("## Where")[0].splitlines():
-        if line.startswith("| ") and not line.startswith(("| ---", "| system", "| run", "| A - B", "| gate L2")):
+        if line.startswith("| ") and not line.startswith(("| ---", "| system", "| run", "| A - B", "| keep")):
             place = line.rstrip(" |").rsplit("|", 1)[1].strip().strip("`")
             before, seeds, after = re.fullmatch(r"([^{]*)(?:{(.*)})?(.*)", place).groups()
             places = [folder / f"{before}{seed}{after}" for seed in (seeds or "").split(",")]
@@ -194,10 +203,10 @@ def test_systems_are_compared_by_the_first_beam(whole):
 def test_a_run_that_two_tables_need_is_in_both(whole):
     report = whole[1]
     for title, *cells in (("T3 Layers", "additive", "3 6"), ("T3 Tokens", "additive", "16", "512"),
-                          ("T3 Losses", "additive", "0.1"), ("Gate reg", "additive", "0.0001"),
+                          ("T3 Losses", "additive", "0.1"), ("Gate regularisation: L2", "additive", "0.0001"),
                           ("Appendix: gates", "additive", "0.05")):
         assert row(report, title, *cells, "320")[-1] == "`core/additive_s{0,1}`"
-    for title, *cells in (("T3 Layers", "additive", "3 6"), ("Gate reg", "additive", "0.0001")):
+    for title, *cells in (("T3 Layers", "additive", "3 6"), ("Gate regularisation: L2", "additive", "0.0001")):
         assert row(report, title, *cells, "160")[-1] == "`ablation/additive_l3-6_n16_h512_c0.1_s0`"
     assert row(report, "T3 Layers", "additive", "3", "160")[9] == "0.262"  # its gate, and its shorter schedule
     assert "data-only" not in report.split("## T3 Layers")[1].split("## T3 Reranker")[0]
@@ -209,6 +218,10 @@ def test_retention_has_an_interval_for_one_seed_and_a_deviation_for_two(whole):
     found = row(whole[1], "T5", "additive, gate L2 0.01, 160 steps", "1")
     assert found[5] == "93.0 [90.0, 95.0]" and found[-2] == "yes"
     assert row(whole[1], "T5", "additive", "2")[5:8] == ["91.3 ± 0.0", "93.0 ± 0.0", "95.0 ± 0.0"]
+    keeping = row(whole[1], "T5", "additive, null slot, keep 1, gate L2 0.0001, 320 steps", "2")
+    assert keeping[5] == "96.1 ± 0.0" and "0.4 ± 0.0" in keeping and "0.5 ± 0.0" in keeping
+    for step, value in (("320", "1"), ("160", "0.3")):
+        assert row(whole[1], "Gate regularisation: keep", "additive + keep", "yes", value, step)
     assert row(whole[1], "T5", "backbone")[2] == "96.5 [93.5, 98.5]"
     assert row(whole[1], "T5", "additive + SCST", "2")[5] == "90.0 ± 0.0"
 
@@ -234,7 +247,8 @@ def test_best_baseline_looks_at_no_test_score():
 
 def test_video_noise_and_cost(whole):
     assert row(whole[1], "Video", "video", "video", "shuffled")[6] == "0.100 ± 0.000"
-    assert row(whole[1], "Cost of the second", "0.0001")[3:] == ["0.60", "91.00", "90.90", "0.10", "yes", "0.5", "no",
+    assert row(whole[1], "Cost of the second", "1", "0.0001")[4:] == [
+        "0.60", "[-0.30, 1.50]", "91.00", "90.90", "0.10", "[-0.40, 0.70]", "yes", "0.5", "no",
                                                              "`video/video_s0`"]
     noise = row(whole[1], "Appendix: noise", "concatenation", "clip")
     assert noise[4:6] == ["0.460 ± 0.000", "0.393 ± 0.000"] and noise[-1] == "`core/concat_s{0,1}`"

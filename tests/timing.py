@@ -67,6 +67,19 @@ class Table:
         return times
 
 
+class Metered:
+    """A function that sums up the seconds spent in it."""
+
+    def __init__(self, function, table):
+        self.function, self.table, self.spent = function, table, 0.0
+
+    def __call__(self, *args, **kwargs):
+        start = self.table.now()
+        result = self.function(*args, **kwargs)
+        self.spent += self.table.now() - start
+        return result
+
+
 def ratio(ours, other):
     """(median, min, max) over the rounds of other / ours: what slows both in a round drops out."""
     each = sorted(b / a for a, b in zip(ours, other))
