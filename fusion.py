@@ -128,13 +128,24 @@ def merge_heads(x):
     return x.transpose(1, 2).reshape(B, T, H * d)                        # (B, T, D)
 
 
-def add_null_slot(key, value, null):
-    """Add a learned key (W,) with value zero: (B, N, W) -> (B, N + 1, W), both.
+# A slot's key is this many times the learned vector. It only sets the unit, as READ_SCALE does: where
+# a few activations are far larger than the others, telling two prompts apart takes a long key.
+NULL_SCALE = 10.0
 
-    Softmax always sums to one. A query that attends to this slot reads nothing.
+
+def attend(query, key, value, null=None):
+    """Softmax attention of queries (B, H, T, d) over keys, values (B, H, N, d) -> (B, T, H * d).
+
+    null (H * d,), times NULL_SCALE: the key of a slot with value zero, by which a position can read
+    nothing. It is compared with the whole query, for all heads at once.
     """
-    null = null.expand(len(key), 1, -1)
-    return torch.cat([key, null], 1), F.pad(value, (0, 0, 0, 1))
+    if null is None:
+        return merge_heads(F.scaled_dot_product_attention(query, key, value))
+    nothing = (merge_heads(query) @ (NULL_SCALE * null))[:, None, :, None]  # (B, 1, T, 1)
+    nothing = nothing.expand(-1, query.shape[1], -1, -1)                 # (B, H, T, 1)
+    logits = torch.cat([query @ key.transpose(-1, -2), nothing], -1)     # (B, H, T, N + 1)
+    weights = (logits / query.shape[-1] ** 0.5).softmax(-1)
+    return merge_heads(weights[..., :-1] @ value)
 
 
 def scale(h):
@@ -152,6 +163,7 @@ class Fusion(nn.Module):
     """What all systems share: a projector, and hooks that last for one `with` block.
 
     A system with gates has `self.gate`, a ParameterDict by layer; another sets has_gate = False.
+    A system that attends has `self.null`, empty without null slots.
     """
     has_gate = True
 
@@ -173,6 +185,9 @@ class Fusion(nn.Module):
         """New hidden states (B, T, D) of a layer from the old; prepared: its list, one row of
         each tensor for each row of h."""
         raise NotImplementedError
+
+    def null_key(self, layer):
+        return self.null[str(layer)] if self.spec.null_slot else None
 
     def gates(self):
         """{layer: effective gate}; empty where a system has none."""
@@ -300,8 +315,6 @@ class Additive(Fusion):
         prepared = {}
         for layer in self.spec.layers:                                   # K, V: (B, H, N, D/H)
             key, value = self.adapter[str(layer)](tokens)
-            if self.spec.null_slot:                                      # N + 1
-                key, value = add_null_slot(key, value, self.null[str(layer)])
             prepared[layer] = [split_heads(x, self.spec.heads) for x in (key, value)]
         return prepared
 
@@ -309,7 +322,7 @@ class Additive(Fusion):
         key, value = prepared
         query = F.rms_norm(h.to(key.dtype), h.shape[-1:])
         query = split_heads(query, self.spec.heads)                      # (B, H, T, D/H)
-        read = merge_heads(F.scaled_dot_product_attention(query, key, value))  # (B, T, D)
+        read = attend(query, key, value, self.null_key(layer))           # (B, T, D)
         h = h.float()  # bfloat16 would move alpha in steps; the hook rounds once
         return h + self.gate[str(layer)] * READ_SCALE * scale(h) * read.float()
 
@@ -352,15 +365,13 @@ class CrossAttention(Fusion):
         prepared = {}
         for layer in self.spec.layers:                                   # K, V: (B, H, N, inner/H)
             key, value = self.block[str(layer)]["kv"](tokens).chunk(2, -1)
-            if self.spec.null_slot:                                      # N + 1
-                key, value = add_null_slot(key, value, self.null[str(layer)])
             prepared[layer] = [split_heads(x, self.heads) for x in (key, value)]
         return prepared
 
     def change(self, layer, h, prepared, slots):
         block, (key, value) = self.block[str(layer)], prepared
         query = split_heads(block["q"](block["norm"](h.to(key.dtype))), self.heads)
-        read = block["o"](merge_heads(F.scaled_dot_product_attention(query, key, value)))
+        read = block["o"](attend(query, key, value, self.null_key(layer)))
         return h.float() + torch.tanh(self.gate[str(layer)]) * read.float()
 
     def gates(self):

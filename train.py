@@ -501,7 +501,8 @@ class KeptAnswers:
         rows = [torch.tensor(p + a) for p, a in zip(prompts, answers)]
         ids = pad_sequence(rows, batch_first=True, padding_value=backbone.pad)
         block = backbone.decoder.layers[self.model.split_layer]
-        handle = block.register_forward_pre_hook(record, with_kwargs=True)
+        # first of the block's hooks: before an older branch acts there
+        handle = block.register_forward_pre_hook(record, with_kwargs=True, prepend=True)
         try:
             with backbone.autocast():
                 out = backbone.llava.model(input_ids=ids.to(backbone.device), use_cache=False, **pixels)

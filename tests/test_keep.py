@@ -126,19 +126,27 @@ def test_a_run_that_is_interrupted_ends_in_the_same_bytes(world, tmp_path, monke
 
 
 def test_video_beside_audio_keeps_its_captions_too(world, tmp_path):
-    """The kept captions are the older run's own, with their own clips; they change when the new branch acts."""
+    """The kept captions are the older run's own, of its own clips; without the new branch nothing diverges."""
     older, out = tmp_path / "older", tmp_path / "video"
     run(world, older, "--steps", "4")
-    run(world, out, "--dataset", "av", "--data", world / "data/av", "--modality", "video", "--encoder",
-        world / "models/timesformer", "--contrastive", "0", "--beside", older, *keep(world))
-    (line,) = log_of(out, "step")
-    assert line["keep"] > 0 and line["keep_captions"] > 0
-    (path,) = (world / "cache").glob("captions_*.json")
-    evaluate.main(["caption", str(older), "--beams", "1", "--split", "val"])  # the same decoding, on another split
-    opened = evaluate.open_run(older, "cpu")
-    inputs = evaluate.load_inputs(opened.config, "train", "cpu")
-    greedy = evaluate.decode(opened.backbone, inputs.branches([opened.fusion]), inputs.prompts)
-    assert json.loads(path.read_text()) == [clip[0]["text"] for clip in greedy]
+    more = ["--dataset", "av", "--data", world / "data/av", "--modality", "video", "--encoder",
+            world / "models/timesformer", "--contrastive", "0", "--beside", older, "--gate-init", "0", *keep(world)]
+    run(world, out, *more)
+    (line,) = log_of(out, "step")  # before the first step: the older branch alone, beside questions and captions
+    assert line["keep"] > 1e-4 and abs(line["keep_captions"]) < 1e-6
+    args = train.parse_args([*map(str, flags(world, out, *more))])
+    beside = evaluate.open_beside(vars(args), "cpu")
+    split = data.read_split("av", args.data, "train")
+    inputs = evaluate.load_inputs(vars(args), split, "cpu", beside)
+    model, _ = train.build_model(inputs, split.clips, beside, args)
+    _, kept = train.answers_to_keep(model, inputs, beside, args)
+    model.fusion.set_gates(0.3)
+    (batch,) = kept.batches(0, args)
+    assert train.keep_loss(model, batch, args)[1]["keep_captions"] > 1e-3
+    own = evaluate.load_inputs(beside.config, "train", "cpu")
+    greedy = evaluate.decode(beside.backbone, own.branches([beside.fusion]), own.prompts)
+    paths = sorted((world / "cache").glob("captions_*.json"), key=lambda path: path.stat().st_mtime)
+    assert json.loads(paths[-1].read_text()) == [clip[0]["text"] for clip in greedy]
 
 
 def test_questions_of_the_probe_are_refused(world, tmp_path):
