@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import scenes
 from scenes import (
     ADVERBS, COLOURS, HEADINGS, PIXELS, QUESTIONS, RATE, SHAPES, WORDS, caption, clip_caption, draw_clip, draw_frames,
-    draw_long_scene, draw_question, draw_scene, paraphrases, pick, picture_caption, render)
+    draw_long_scene, draw_picture, draw_question, draw_scene, paraphrases, pick, picture_caption, render)
 
 import data  # before transformers: it makes torchaudio, and with it LLaVA and CLAP, importable beside a CPU-only torch
 import smollm2
