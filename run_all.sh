@@ -57,14 +57,15 @@ tiny)
 small)
     WORLD=$NAME; STANDIN="--llm smollm2"   # 20 minutes on first use
     CLAP=${CLAP:-$WORLD/models/clap}; AUDIOCAPS=${AUDIOCAPS:-$WORLD/data/audiocaps}
-    CLOTHO=${CLOTHO:-$WORLD/data/clotho}; AV=$WORLD/data/av; QA=$WORLD/data/qa/test.json
+    CLOTHO=${CLOTHO:-$WORLD/data/clotho}; AV=$WORLD/data/av
+    QA=$WORLD/data/qa/test.json; KEEP_QA=$WORLD/data/qa/train.json
     LLAVA=$WORLD/models/llava; TIMESFORMER=$WORLD/models/timesformer
-    LAYERS="12 24"; TOKENS=16; HIDDEN=512; PROBE=200; TOLERANCE=${TOLERANCE:-0.5}
-    TRAIN="--batch-size 32 --steps 150 --eval-every 50"
-    SCST="--scst auto --scst-lr 5e-4 --scst-temperature 0.3 --scst-steps 30"
-    SHORT="--batch-size 32 --steps 80 --eval-every 40"; TRAIN_CLOTHO=$SHORT
+    LAYERS="12 24"; TOKENS=16; HIDDEN=512; PROBE=100; TOLERANCE=${TOLERANCE:-0.5}
+    TRAIN="--batch-size 32 --steps 100 --eval-every 50"
+    SCST="--scst auto --scst-lr 5e-4 --scst-temperature 0.3 --scst-steps 20"
+    SHORT="--batch-size 32 --steps 60 --eval-every 30"; TRAIN_CLOTHO=$SHORT
     for system in additive $BASELINES; do RATES[$system]="--lr 1e-3 --lr-adapter 1e-3"; done
-    VIDEO="$SHORT ${RATES[additive]}"; OVERFIT="--limit 1000 --batch-size 32 --steps 60 --eval-every 20"
+    VIDEO="$SHORT ${RATES[additive]}"; OVERFIT="--limit 1000 --batch-size 32 --steps 48 --eval-every 16"
     if [ "$SMOKE" = 1 ]; then
         TRAIN="--batch-size 8 --micro-batch 8 --steps 4 --eval-every 2"
         SCST="--scst auto --scst-steps 2 --scst-temperature 0.5"
