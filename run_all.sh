@@ -46,7 +46,7 @@ tiny)
     for system in cross_attention concat unfreeze data_only; do RATES[$system]="--lr 3e-3 --lr-adapter 3e-3"; done
     RATES[additive]="--lr 6e-3 --lr-adapter 6e-3"
     OVERFIT="--limit 1000 --batch-size 32 --steps 72 --eval-every 24"
-    VIDEO="--batch-size 32 --steps 100 --eval-every 50 ${RATES[additive]}"
+    VIDEO="--batch-size 32 --steps 200 --eval-every 100 ${RATES[additive]}"
     if [ "$SMOKE" = 1 ]; then
         TOLERANCE=${TOLERANCE:-100}   # its models know nothing
         TRAIN="--batch-size 16 --micro-batch 16 --steps 6 --eval-every 3"
@@ -353,7 +353,7 @@ train_av() {   # train_av PHASE/NAME flags...
     train "$1" --fusion additive $SIZE --dataset av --data "$AV" $VIDEO --seed "$FIRST_SEED" "${@:2}"
 }
 add_video() {   # video beside audio; both regularisations grow until it costs no more than TOLERANCE
-    local try run tries=() weights=(3 10 30)
+    local try run tries=() weights=(10 30 100)
     for try in 1 2 3; do
         run=video/both_try${try}_s$FIRST_SEED; tries+=("$EXP/$run")
         train_av "$run" --modality video --encoder "$TIMESFORMER" --beside "$EXP/retention/additive_keep_s$FIRST_SEED" \

@@ -127,7 +127,7 @@ def test_video_beside_sound(smoke):
                  "unfreeze_keep"):
         assert (smoke / f"retention/{name}_s0/retention.json").exists()
     config = json.loads((run / "config.json").read_text())
-    assert config["beside"].endswith("retention/additive_keep_s0") and config["keep"] == 3 and config["null_slot"]
+    assert config["beside"].endswith("retention/additive_keep_s0") and config["keep"] == 10 and config["null_slot"]
 
 
 def test_started_again_nothing_is_redone(smoke):
@@ -253,7 +253,7 @@ def test_the_loop_of_the_video_branch(stubbed, decision, tries, status):
     assert [c for c in calls(stubbed.folder) if c.startswith("decide")] == [f"decide {k}" for k in range(1, tries + 1)]
     commands = [(stubbed.folder / f"exp/video/both_try{k}_s0/cmd.txt").read_text() for k in range(1, tries + 1)]
     assert [c.split("--gate-l2 ")[1].split()[0] for c in commands] == ["1e-4", "1e-3", "1e-2"][:tries]
-    assert [c.rsplit("--keep ")[-1].split()[0] for c in commands] == ["3", "10", "30"][:tries]
+    assert [c.rsplit("--keep ")[-1].split()[0] for c in commands] == ["10", "30", "100"][:tries]
     assert ("after 3 tries video still costs more than 0.5 percentage points" in out) is (decision == "3")
     if decision != "2":  # whatever was decided, all else is done
         assert set(names) >= {"video/audio_s0", "video/video_s0", *(f"retention/{v}_s0" for v in ("gate_l2_1", "keep_3", "concat_keep"))}
