@@ -137,7 +137,9 @@ class Lessons:
     @torch.no_grad()
     def __init__(self, model, processor, pixels, facts):
         self.processor, self.decoder = processor, model.model.language_model
-        states = [model.model.vision_tower(part, output_hidden_states=True).hidden_states[-2] for part in pixels.split(100)]
+        states = []
+        for part in pixels.split(100):
+            states.append(model.model.vision_tower(part, output_hidden_states=True).hidden_states[-2])
         self.features = torch.cat(states)[:, 1:]  # (pictures, 16, width), what LLaVA reads of the tower
         self.projector = model.model.multi_modal_projector
         # at the start image tokens are about as long as words

@@ -50,10 +50,12 @@ from transformers import (
 WINDOW = 4            # seconds of a clip, and of what CLAP takes in at once
 PATCH, FRAMES = 8, 8  # side of a patch of a picture; video frames that TimeSformer sees
 FULL = dict(audiocaps=(3000, 160, 320), clotho=(400, 80, 120), av=(400, 80, 120), qa=(1500, 500, 500), pairs=2200,
-            questions=6000, texts=6000, clap_steps=1200, vision_steps=60, llava_steps=290, video_steps=240, pictures=3000, projector_steps=500)
+            questions=6000, texts=6000, clap_steps=1200, vision_steps=60, llava_steps=290, video_steps=240,
+            pictures=3000, projector_steps=500)
 MANY = dict(audiocaps=(3000, 160, 975))  # as many test clips as AudioCaps has: what a reward teaches is little
 SMOKE = dict(audiocaps=(96, 24, 32), clotho=(16, 8, 8), av=(16, 8, 8), qa=(40, 40, 20), pairs=96,
-             questions=200, texts=200, clap_steps=6, vision_steps=6, llava_steps=6, video_steps=6, pictures=64, projector_steps=2)
+             questions=200, texts=200, clap_steps=6, vision_steps=6, llava_steps=6, video_steps=6,
+             pictures=64, projector_steps=2)
 
 # ---------------------------------------------------------------- data sets
 

@@ -342,7 +342,7 @@ def test_launch_goes_before_every_job(stubbed):
 
 
 @pytest.mark.parametrize("env, message", [
-    (dict(PHASES="0 7"), "there is no phase 7"), (dict(SCALE="huge"), "tiny or full"),
+    (dict(PHASES="0 7"), "there is no phase 7"), (dict(SCALE="huge"), "tiny, small or full"),
     (dict(GPUS="0 1", NPROC="2"), "NPROC=2 needs slots of 2"),
     (dict(VENV="/nowhere"), "lacks packages")])
 def test_mistakes_are_one_line(stubbed, env, message):
