@@ -474,6 +474,6 @@ else
     run_phases
 fi
 [ "$DRY" = 1 ] && exit 0
-"$PYTHON" plots.py "$EXP" || exit 1
-log "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: $EXP/REPORT.md"
+[ "$PHASES" = 0 ] || "$PYTHON" plots.py "$EXP" || exit 1   # phase 0 is in no table
+log "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: $EXP$([ "$PHASES" = 0 ] || echo /REPORT.md)"
 [ -z "$VERDICT" ] || { log "$VERDICT"; exit 1; }
