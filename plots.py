@@ -31,6 +31,7 @@ METRICS = {
 FLAGS = ("fusion", "layers", "tokens", "hidden", "null_slot", "keep", "keep_every", "gate_l2", "contrastive",
          "gate_init", "limit", "dataset", "init", "modality")  # runs that differ in one of these are different systems
 STAGES = ("scst", "audio", "video", "shuffled")  # folders in a run: SCST, or what it was given of two modalities
+ABSENT = {"null_slot": False, "keep": 0.0, "keep_every": 1}  # values in runs older than these flags
 WEIGHTS = {"keep": "keep", "gate_l2": "gate L2"}  # flags of the gates' regularisation
 CONDITIONS = ("nothing_attached", "gates_closed", "no_clip", "unrelated_clip")  # of VQA; a file may have more
 # columns of tables: title, key in Run.values, digits, scale
@@ -169,8 +170,8 @@ def sweep(runs, flags):
     families = defaultdict(lambda: defaultdict(list))
     for run in runs:
         if run.stage == "xe":
-            values = [shown(run.config.get(flag) or 0) for flag in (*flags, "steps")]  # older runs lack some
-            family = str([run.config.get(flag) or 0 for flag in FLAGS if flag not in flags])
+            values = [shown(flag_of(run, flag)) for flag in (*flags, "steps")]
+            family = str([flag_of(run, flag) for flag in FLAGS if flag not in flags])
             families[family][(run.label, *values)].append(run)
     several = []
     for family in families.values():
@@ -179,11 +180,15 @@ def sweep(runs, flags):
     return several
 
 
+def flag_of(run, flag):
+    return run.config.get(flag, ABSENT.get(flag))
+
+
 def shown(value):
     """The value of a flag as a table shows it; they sort within a table."""
     if isinstance(value, list):
         return " ".join(map(str, value))
-    return "yes" if value is True else value
+    return {"True": "yes", "False": "no"}.get(str(value), value)
 
 
 def best_baseline(runs):
