@@ -409,8 +409,8 @@ def read_qa(path, images=None, limit=1000, seed=0, text_only=False):
 
     Reads LLaVA-Instruct JSON, a list of {id, image, conversations} (the first exchange of each), and JSONL or
     a JSON list of {image, question, answer}. Images are in the folder `images`, else in images/ beside the
-    file, else beside it. text_only: also the questions without an image. Raises InputError for a record without question or answer, and for a chosen image
-    that does not exist."""
+    file, else beside it. text_only: also the questions without an image. Raises InputError for a record
+    without question or answer, and for a chosen image that does not exist."""
     path, questions, counts = Path(path), [], {}
     for location, record in _records(path):
         pictured = not isinstance(record, dict) or "image" in record
@@ -446,6 +446,7 @@ def check_apart(path, probe):
                          "give --keep-qa a file of questions about other images")
 
 
+@functools.lru_cache(maxsize=None)  # checked against the probe, and part of the answers' key
 def content(question):
     """What a question is about: sha256 of its image's bytes, or the question where it has none."""
     if question.image is None:
@@ -659,10 +660,16 @@ def _pretrained(path, model_class, processor_class):
     for key in ("_name_or_path", "transformers_version", "processor_class"):  # no effect on the output
         for part in settings:
             part.pop(key, None)
-    digest = hashlib.sha256(_sha(settings).encode())
+    return model.eval().requires_grad_(False), processor, _hash_model(_sha(settings), model)
+
+
+def _hash_model(settings, model):
+    """sha256 of a text and of a model's weights, by name."""
+    digest = hashlib.sha256(settings.encode())
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return model.eval().requires_grad_(False), processor, digest.hexdigest()
+        flat = tensor.cpu().contiguous().reshape(-1)
+        digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
+    return digest.hexdigest()
 
 
 class AudioEncoder:
@@ -821,16 +828,23 @@ def lock_or_wait(file, message):
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
+@contextlib.contextmanager
+def _one_builder(path):
+    """Only one job at a time is in the block of a path; the lock goes with the process, however that ends."""
+    lock = path.with_suffix(".lock")
+    with open(lock, "w") as file:
+        lock_or_wait(file, f"waiting for another job that builds {path.name}")
+        yield
+        lock.unlink(missing_ok=True)  # jobs that wait for it find the finished file
+
+
 def cached_json(folder, name, parts, make):
     """make(), kept as JSON in `folder` under a hash of `parts`. Of several jobs one makes it, the others wait."""
     path = Path(folder) / f"{name}_{_sha(parts)[:32]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_suffix(".lock")
-    with open(lock, "w") as file:
-        lock_or_wait(file, f"waiting for another job that makes {path.name}")
+    with _one_builder(path):
         if not path.exists():
             write_json(path, make())
-        lock.unlink(missing_ok=True)
     return json.loads(_text(path))
 
 
@@ -861,17 +875,14 @@ def load_features(split, encoder, cache_dir, modality="audio"):
 
 def _build_features(path, split, encoder, modality, pool):
     """As _read_features, after writing the file; if another job is writing it, waits for that."""
-    lock = path.with_suffix(".lock")
-    with open(lock, "w") as file:  # the lock goes with the process, however that ends
-        lock_or_wait(file, f"waiting for another job that builds {path.name}")
+    with _one_builder(path):
         cached = _read_features(path, split)
         if cached is None:
             for tmp in path.parent.glob(f"{path.name}.tmp.*"):  # of a job that was killed
                 tmp.unlink()
             _write_features(path, split, encoder, modality, pool)
             cached = _read_features(path, split)
-        lock.unlink(missing_ok=True)  # jobs that wait for it find the finished file
-        return cached
+    return cached
 
 
 def _prepare(encoder, modality, clip):
@@ -1066,11 +1077,7 @@ class Backbone:
     @functools.cached_property
     def hash(self):
         """sha256 of the weights and of the chat format: what its answers depend on."""
-        digest = hashlib.sha256(self.chat("question", image=True).encode())
-        for name, tensor in sorted(self.llava.state_dict().items()):
-            flat = tensor.cpu().contiguous().reshape(-1)
-            digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return _hash_model(self.chat("question", image=True), self.llava)
 
     def autocast(self):
         if self.llava.dtype == torch.bfloat16:

