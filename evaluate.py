@@ -78,10 +78,10 @@ def decode(backbone, branches, prompts, *, beams=1, samples=0, temperature=1.0, 
             ids = torch.tensor(ids, device=backbone.device)                      # (B, P)
             slots = torch.tensor(slots, device=backbone.device) if concat else None
             with attach_branches(backbone.decoder, branches, clips, slots):
-                new = _candidates(backbone, ids, beams, False, temperature)
+                new = _candidates(backbone, branches, ids, beams, False, temperature)
                 if samples:
                     spread = torch.linspace(0.5, 1.0, samples).repeat(len(clips))[:, None]
-                    new += _candidates(backbone, ids, samples, True, spread.to(ids.device))
+                    new += _candidates(backbone, branches, ids, samples, True, spread.to(ids.device))
             for row, candidate in new:
                 kept = candidates[clips[row]]
                 if candidate["text"] not in [c["text"] for c in kept]:
@@ -100,8 +100,8 @@ def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0):
     cache.batch_repeat_interleave(k)
     options, processors = {}, LogitsProcessorList()
     if sampling:
-        options = {"top_p": top_p, "top_k": 0}
-        processors.append(lambda ids, logits: logits / temperature)
+        options = {"top_k": 0}
+        processors.append(lambda ids, logits: nucleus(logits / temperature, top_p))
     elif k > 1:
         options = {"num_beams": k, "length_penalty": LENGTH_PENALTY}
     if not sampling and temperature != 1:  # beams add log-probabilities: normalise again
@@ -113,6 +113,27 @@ def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0):
     return backbone.llava.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config,
         logits_processor=processors, past_key_values=cache)
+
+
+def nucleus(logits, p):
+    """Logits (R, V), -inf outside the fewest words of a row that together have probability p.
+
+    Holtzman et al. 2020. transformers' TopPLogitsWarper sorts all words, which took a third of
+    the time of sampling from 49,000; here the likeliest 1,000 are tried first.
+    """
+    if p >= 1:
+        return logits
+    total, words = logits.logsumexp(-1, keepdim=True), logits.shape[-1]
+    rows, lowest = torch.arange(len(logits), device=logits.device), torch.empty_like(total)
+    for k in min(1000, words), words:
+        top = logits[rows].topk(k).values
+        probabilities = (top - total[rows]).exp()
+        kept = probabilities.cumsum(-1) - probabilities < p                       # (R, k)
+        lowest[rows] = top.masked_fill(~kept, float("inf")).amin(-1, keepdim=True)
+        rows = rows[kept[:, -1]]  # may need more words
+        if not len(rows):
+            break
+    return logits.masked_fill(logits < lowest, float("-inf"))
 
 
 def lengths(new, eos):
@@ -142,16 +163,23 @@ def sequence_logprobs(hidden, tokens, mask, lm_head):
     return logprobs.new_zeros(tokens.shape).masked_scatter_(mask, logprobs)
 
 
-def _candidates(backbone, prompt, k, sampling, temperature):
-    """[(row of the prompt, candidate)] of a batch's beams or samples."""
+def _candidates(backbone, branches, prompt, k, sampling, temperature):
+    """[(row of the prompt, candidate)] of a batch's beams or samples; branches: what is attached."""
     P = prompt.shape[1]
     rows = generate(backbone, prompt, k, sampling, temperature, top_p=0.95)
     new = rows[:, P:]                                                            # (B * k, T)
     length, ended = lengths(new, backbone.eos)
-    hidden = backbone.decoder(input_ids=rows, use_cache=False).last_hidden_state[:, P - 1:-1]
-    mask = torch.arange(new.shape[1], device=new.device) < length[:, None]
-    logprobs = sequence_logprobs(hidden, new, mask, backbone.llava.lm_head)
-    mean = logprobs.sum(1) / length
+    mean = torch.zeros(len(rows), device=rows.device)
+    for part in length.argsort().split(len(prompt)):  # of about one length, for little padding
+        for branch in branches:
+            branch.fusion.row_to_clip = part // k
+        n = length[part].max()
+        hidden = backbone.decoder(input_ids=rows[part, :P + n - 1], use_cache=False).last_hidden_state
+        mask = torch.arange(n, device=rows.device) < length[part, None]
+        logprobs = sequence_logprobs(hidden[:, P - 1:], new[part, :n], mask, backbone.llava.lm_head)
+        mean[part] = logprobs.sum(1) / length[part]
+    for branch in branches:
+        branch.fusion.row_to_clip = None
     rows = zip(new.tolist(), length.tolist(), mean.tolist(), ended.tolist())
     candidates, source = [], "sample" if sampling else "beam"
     for i, (tokens, n, logprob, ended) in enumerate(rows):

@@ -298,10 +298,10 @@ class TrunkStates:
 
     The prompt's states (P, D) are shared; the captions' (T, D) lie packed in memory, or mapped to
     a file in `folder`, which must exist. captions: token ids; the first unlearned[i] of captions[i]
-    are a question and not learned.
+    are a question and not learned. used: numbers of the captions that have states.
     """
 
-    def __init__(self, backbone, trunk, prompt, captions, unlearned, folder):
+    def __init__(self, backbone, trunk, prompt, captions, unlearned, used, folder):
         self.ids, self.device = captions, backbone.device
         self.targets = [[-100] * n + ids[n:] for ids, n in zip(captions, unlearned)]
         self.learned = [len(ids) - n for ids, n in zip(captions, unlearned)]  # tokens
@@ -315,7 +315,7 @@ class TrunkStates:
             path = str(folder / f"trunk{RANK // LOCAL_WORLD}.bin")
             states = torch.from_file(path, shared=True, size=size, dtype=dtype)
         self.states = states.view(-1, D)
-        order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
+        order = sorted(used, key=lambda i: len(captions[i]))
         batches = [order[i:i + 128] for i in range(0, len(order), 128)]
         if size * dtype.itemsize > TRUNK_IN_MEMORY:
             batches = batches[LOCAL_RANK::LOCAL_WORLD] or batches[-1:]
@@ -373,11 +373,14 @@ class TrainingCaptions(TrunkStates):
                 answer = model.backbone.caption_ids(clip.question or args.prompt, reference)
                 ids.append(prompt[P:] + answer)
                 unlearned.append(len(prompt) - P)
-        folder = Path(args.out) / "state"
-        super().__init__(model.backbone, model.trunk, model.prompt, ids, unlearned, folder)
         counts = [len(clip.references) for clip in clips]
         self.clips, self.order = clips, Order(counts, args.seed)
         self.first = [0, *accumulate(counts)]  # number of a clip's first caption
+        used = set()  # a short run comes across some captions only
+        for step in range(args.steps):
+            used.update(self.first[c] + r for c, r in self.order.step(step, args.batch_size))
+        folder = Path(args.out) / "state"
+        super().__init__(model.backbone, model.trunk, model.prompt, ids, unlearned, sorted(used), folder)
         if args.contrastive:
             self.embeds = encoder.embed_text([r for clip in clips for r in clip.references])
         # a sample longer than any training caption is lost already

@@ -117,7 +117,7 @@ class Step:
         self.model, self.clips, self.differentiated = model, list(range(clips)), differentiated
         captions = captions or backbone.captions[:clips]
         ids = [backbone.caption_ids("", caption) for caption in captions]
-        self.states = train.TrunkStates(backbone, model.trunk, model.prompt, ids, [0] * clips, Path("."))
+        self.states = train.TrunkStates(backbone, model.trunk, model.prompt, ids, [0] * clips, range(clips), Path("."))
         self.tokens = sum(map(len, ids))
         self.args = training_args(backbone.device)
         self.optimizer = train.make_optimizer(model, self.args, "xe")

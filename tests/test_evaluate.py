@@ -294,6 +294,37 @@ def test_a_prompt_read_once_is_generate_that_reads_it_k_times(prompted, kind, k,
     assert rows.shape[0] == 3 * k and torch.equal(rows, plain)
 
 
+@pytest.mark.parametrize("kind", fusions.SYSTEMS)
+def test_log_probabilities_of_candidates_are_those_of_each_alone(prompted, kind, monkeypatch):
+    """They are computed in parts, sorted by length."""
+    backbone, fusion, ids, slots = prompted(kind, 3)
+    frames, P = torch.randn(3, 5, 8), ids.shape[1]
+    rows = torch.cat([ids.repeat_interleave(4, 0), torch.randint(5, 50, (12, 38))], 1)
+    length = [3 * (5 * row % 12) + 1 for row in range(12)]
+    for row, n in zip(rows, length):
+        row[P + n - 1:] = backbone.eos
+    monkeypatch.setattr(evaluate, "generate", lambda *given, **how: rows)
+    with torch.inference_mode(), fusion.attach(backbone.decoder, frames, slots=slots):
+        candidates = evaluate._candidates(backbone, [Branch(fusion, frames)], ids, 4, True, 1.0)
+    assert fusion.row_to_clip is None and [clip for clip, _ in candidates] == [0] * 4 + [1] * 4 + [2] * 4
+    for (clip, candidate), row, n in zip(candidates, rows, length):
+        its = None if slots is None else slots[clip:clip + 1]
+        with torch.inference_mode(), fusion.attach(backbone.decoder, frames[clip:clip + 1], slots=its):
+            logits = backbone.llava(input_ids=row[None, :P + n]).logits[:, P - 1:-1]
+        alone = evaluate.token_logprobs(logits, row[None, P:P + n]).mean()
+        assert candidate["logprob"] == pytest.approx(alone.item(), abs=1e-4)
+
+
+def test_nucleus_is_that_of_transformers():
+    """Also of a row whose nucleus is wider than the 1,000 words that are tried first."""
+    from transformers import TopPLogitsWarper
+    logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(0)) * torch.tensor([[9.0], [3], [0.1], [5]])
+    found = evaluate.nucleus(logits, 0.95)
+    assert torch.equal(found, TopPLogitsWarper(0.95)(None, logits))
+    sizes = found.isfinite().sum(1).tolist()
+    assert sizes[0] < 100 and sizes[2] > 1000 and evaluate.nucleus(logits, 1.0) is logits
+
+
 def test_beams_search_the_policy_of_the_temperature(prompted):
     """As if the output layer itself were sharper; at 1 as if nothing had been asked."""
     backbone, fusion, ids, _ = prompted("additive", 4)

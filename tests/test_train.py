@@ -1,4 +1,5 @@
 """Training: losses, order, resume to the last bit, two processes as one, and what a person can get wrong."""
+import argparse
 import contextlib
 import io
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -89,7 +91,7 @@ def test_trunk_states_in_memory_in_a_file_and_of_a_caption_alone(prompted, tmp_p
     prompt, captions, batches = ids[0].tolist(), [[5, 6, 7], [8, 9], [10, 11, 12, 13]], []
     for limit in (1 << 30, 0):
         monkeypatch.setattr(train, "TRUNK_IN_MEMORY", limit)
-        states = train.TrunkStates(backbone, trunk, prompt, captions, [0, 1, 0], tmp_path)
+        states = train.TrunkStates(backbone, trunk, prompt, captions, [0, 1, 0], range(3), tmp_path)
         batches.append(states.batch([1, 0]))
         assert (tmp_path / "trunk0.bin").exists() is (limit == 0)
     assert all(torch.equal(a, b) for a, b in zip(*batches))
@@ -97,6 +99,25 @@ def test_trunk_states_in_memory_in_a_file_and_of_a_caption_alone(prompted, tmp_p
     assert targets.tolist() == [[-100, 9, -100], [5, 6, 7]]
     alone = trunk(input_ids=torch.tensor([prompt + captions[0]]), use_cache=False).last_hidden_state
     torch.testing.assert_close(states[1:], alone, atol=1e-4, rtol=1e-5)
+    lengths = []
+    trunk.register_forward_hook(lambda module, given, out: lengths.append(len(out.last_hidden_state)))
+    monkeypatch.undo()
+    some = train.TrunkStates(backbone, trunk, prompt, captions, [0, 1, 0], [0], tmp_path)  # the only one in use
+    assert lengths == [1]
+    torch.testing.assert_close(some.batch([0])[0], alone)
+
+
+def test_a_short_run_computes_the_states_of_the_captions_that_it_comes_across(tmp_path, monkeypatch):
+    def init(self, backbone, trunk, prompt, captions, unlearned, used, folder):
+        self.learned, self.used = [1], used
+
+    monkeypatch.setattr(train.TrunkStates, "__init__", init)
+    clips = [SimpleNamespace(question=None, references=["a", "b", "c"]) for _ in range(10)]
+    model = SimpleNamespace(prompt=[1], backbone=SimpleNamespace(caption_ids=lambda *_: [5]), trunk=None)
+    args = argparse.Namespace(prompt="", out=tmp_path, seed=0, steps=2, batch_size=4, contrastive=0)
+    captions = train.TrainingCaptions(model, clips, [[1]] * 10, None, args)
+    drawn = {3 * clip + reference for step in range(2) for clip, reference in captions.order.step(step, 4)}
+    assert captions.used == sorted(drawn) and len(drawn) == 8
 
 
 @pytest.mark.parametrize("kind", fusions.SYSTEMS)
