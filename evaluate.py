@@ -169,11 +169,13 @@ def _candidates(backbone, branches, prompt, k, sampling, temperature):
     rows = generate(backbone, prompt, k, sampling, temperature, top_p=0.95)
     new = rows[:, P:]                                                            # (B * k, T)
     length, ended = lengths(new, backbone.eos)
+    order, counts = length.argsort(), sorted(length.tolist())
     mean = torch.zeros(len(rows), device=rows.device)
-    for part in length.argsort().split(len(prompt)):  # of about one length, for little padding
+    for start in range(0, len(rows), len(prompt)):
+        part = order[start:start + len(prompt)]  # rows of about one length, for little padding
+        n = counts[start:start + len(prompt)][-1]
         for branch in branches:
             branch.fusion.row_to_clip = part // k
-        n = length[part].max()
         hidden = backbone.decoder(input_ids=rows[part, :P + n - 1], use_cache=False).last_hidden_state
         mask = torch.arange(n, device=rows.device) < length[part, None]
         logprobs = sequence_logprobs(hidden[:, P - 1:], new[part, :n], mask, backbone.llava.lm_head)
