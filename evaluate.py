@@ -169,11 +169,11 @@ def _candidates(backbone, branches, prompt, k, sampling, temperature):
     rows = generate(backbone, prompt, k, sampling, temperature, top_p=0.95)
     new = rows[:, P:]                                                            # (B * k, T)
     length, ended = lengths(new, backbone.eos)
-    order, counts = length.argsort(), sorted(length.tolist())
+    order, counts = length.argsort(), length.tolist()
     mean = torch.zeros(len(rows), device=rows.device)
     for start in range(0, len(rows), len(prompt)):
         part = order[start:start + len(prompt)]  # rows of about one length, for little padding
-        n = counts[start:start + len(prompt)][-1]
+        n = sorted(counts)[start:start + len(prompt)][-1]
         for branch in branches:
             branch.fusion.row_to_clip = part // k
         hidden = backbone.decoder(input_ids=rows[part, :P + n - 1], use_cache=False).last_hidden_state
@@ -182,7 +182,7 @@ def _candidates(backbone, branches, prompt, k, sampling, temperature):
         mean[part] = logprobs.sum(1) / length[part]
     for branch in branches:
         branch.fusion.row_to_clip = None
-    rows = zip(new.tolist(), length.tolist(), mean.tolist(), ended.tolist())
+    rows = zip(new.tolist(), counts, mean.tolist(), ended.tolist())
     candidates, source = [], "sample" if sampling else "beam"
     for i, (tokens, n, logprob, ended) in enumerate(rows):
         text = backbone.text(tokens[:n])
