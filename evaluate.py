@@ -125,7 +125,7 @@ def nucleus(logits, p):
         return logits
     total, words = logits.logsumexp(-1, keepdim=True), logits.shape[-1]
     rows, lowest = torch.arange(len(logits), device=logits.device), torch.empty_like(total)
-    for k in min(1000, words), words:
+    for k in sorted({min(1000, words), words}):
         top = logits[rows].topk(k).values
         probabilities = (top - total[rows]).exp()
         kept = probabilities.cumsum(-1) - probabilities < p                       # (R, k)
@@ -169,11 +169,9 @@ def _candidates(backbone, branches, prompt, k, sampling, temperature):
     rows = generate(backbone, prompt, k, sampling, temperature, top_p=0.95)
     new = rows[:, P:]                                                            # (B * k, T)
     length, ended = lengths(new, backbone.eos)
-    order, counts = length.argsort(), length.tolist()
-    mean = torch.zeros(len(rows), device=rows.device)
-    for start in range(0, len(rows), len(prompt)):
-        part = order[start:start + len(prompt)]  # rows of about one length, for little padding
-        n = sorted(counts)[start:start + len(prompt)][-1]
+    counts, mean = length.tolist(), torch.zeros(len(rows), device=rows.device)
+    longest = sorted(counts)[len(prompt) - 1::len(prompt)]
+    for part, n in zip(length.argsort().split(len(prompt)), longest):  # of about one length: little padding
         for branch in branches:
             branch.fusion.row_to_clip = part // k
         hidden = backbone.decoder(input_ids=rows[part, :P + n - 1], use_cache=False).last_hidden_state

@@ -670,8 +670,8 @@ def report(folder):
     full = any("llava-1.5-7b" in run.config["llava"] for run in runs)
     head = [f"# Report, scale: {'full' if full else folder.resolve().name}"]
     if not full:
-        head.append("A stand-in world: models (but the language model of `SCALE=small`) and data made by the repository "
-                    "itself. The numbers compare systems with each other and say nothing about LLaVA-1.5-7B or AudioCaps.")
+        head.append("A stand-in world: the repository makes the data and the models, at `SCALE=small` all but the language "
+                    "model. The numbers compare systems and say nothing about LLaVA-1.5-7B or AudioCaps.")
     done = [run for run in runs if run.result]
     hours = sum(run.result.get("train_seconds", 0) for run in done if run.stage == "xe") / 3600
     head.append(f"{len(done)} results, {hours:.2f} hours of training.")

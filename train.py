@@ -376,9 +376,8 @@ class TrainingCaptions(TrunkStates):
         counts = [len(clip.references) for clip in clips]
         self.clips, self.order = clips, Order(counts, args.seed)
         self.first = [0, *accumulate(counts)]  # number of a clip's first caption
-        used = set()  # a short run comes across some captions only
-        for step in range(args.steps):
-            used.update(self.first[c] + r for c, r in self.order.step(step, args.batch_size))
+        # a short run comes across some captions only
+        used = {caption for step in range(args.steps) for _, caption in self.rows(step, args)}
         folder = Path(args.out) / "state"
         super().__init__(model.backbone, model.trunk, model.prompt, ids, unlearned, sorted(used), folder)
         if args.contrastive:
@@ -386,10 +385,14 @@ class TrainingCaptions(TrunkStates):
         # a sample longer than any training caption is lost already
         self.limit = min(max(self.learned), evaluate.MAX_NEW_TOKENS)
 
+    def rows(self, step, args):
+        """[(clip, caption)] of a step, by number."""
+        return [(clip, self.first[clip] + reference)
+                for clip, reference in self.order.step(step, args.batch_size)]
+
     def batches(self, stage, step, args):
         """This process's Batches of a step of "xe" or "scst"."""
-        rows = [(clip, self.first[clip] + reference)
-                for clip, reference in self.order.step(step, args.batch_size)]
+        rows = self.rows(step, args)
         tokens = sum(self.learned[caption] for _, caption in rows)
         if stage == "xe":
             rows.sort(key=lambda row: len(self.ids[row[1]]))  # little padding
