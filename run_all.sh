@@ -62,7 +62,7 @@ small)
     LLAVA=$WORLD/models/llava; TIMESFORMER=$WORLD/models/timesformer
     LAYERS="12 24"; TOKENS=16; HIDDEN=512; PROBE=100
     TRAIN="--batch-size 32 --steps 80 --eval-every 40"
-    SCST="--scst auto --scst-lr 5e-4 --scst-temperature 0.3 --scst-steps 12"
+    SCST="--scst auto --scst-lr 1e-4 --scst-temperature 0.3 --scst-steps 12"
     SHORT="--batch-size 32 --steps 40 --eval-every 20"; TRAIN_CLOTHO=$SHORT
     # from 1e-3, 3e-3 and 1e-2 by validation, unfreeze's by its gates: tests/README.md, "A real language model"
     for system in additive $BASELINES; do RATES[$system]="--lr 3e-3 --lr-adapter 3e-3"; done
