@@ -737,7 +737,7 @@ def run_card(run, inputs, training, options, args):
                  "reranks": encoder if args.rerank else None, "scores": None},
         "fusion": vars(run.fusion.spec), "stages": training["stages"],
         "loss": {k: config.get(k, 0) for k in ("contrastive", "gate_l2", "keep", "keep_qa", "keep_every")},
-        "scst": {k: v for k, v in config.items() if k.startswith(("scst", "reward"))},
+        "scst": {k: v for k, v in config.items() if k.startswith("scst")},
         "decoding": {
             "beams": args.beams, "samples": options["samples"], "rerank": args.rerank,
             "temperature": run.temperature, "max_new_tokens": MAX_NEW_TOKENS,
@@ -1205,6 +1205,7 @@ def parse_args(argv=None):
         p.set_defaults(function=function, result=result)
         if runs:
             p.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
+        if result:
             data.add_device_flags(p)
             p.add_argument("--batch-size", type=int, default=64, help="clips or questions at once")
             p.add_argument("--seed", type=int, default=0, help="of samples, noise, choice of clips")
@@ -1248,7 +1249,7 @@ def main(argv=None):
     for folder, args.hear in itertools.product(args.runs, getattr(args, "hear", ["all"])):
         done = results_folder(folder, args) / args.result
         if done.is_file() and (args.command != "caption" or same_decoding(done, args)):
-            print(f"{done.parent}: {done.name} is there, skipped")
+            print(f"{done.parent}: {done.name} is there, skipped; remove it to make it again")
             continue
         args.function(open_run(folder, args.device, args.dtype), args)
 

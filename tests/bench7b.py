@@ -13,7 +13,8 @@ from unittest import mock
 import evaluate
 import plan
 import scst
-from random_llava import SIZE_7B, RandomBackbone, ScstStep, Step, make_model
+import train
+from random_llava import SIZE_7B, KeepStep, RandomBackbone, ScstStep, Step, make_model
 from timing import peak, share_of_matmul
 
 import torch
@@ -265,8 +266,8 @@ class ShortDrawing:
 
 def memory(table):
     """Peak GB of each activity of each system at 7B, the 14.1 GB of the backbone included, as a markdown table."""
-    print("| system | clips | XE, 16 tokens | XE, 40 | SCST, tree of 60 | of 200 | captions, beam 5 | retention |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    print("| system | clips | XE, 16 tokens | XE, 40 | SCST, tree of 60 | of 200 | keep | captions, beam 5 | retention |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     with fake_tensors() as allocations:
         backbone = FakeBackbone()
         for kind in SYSTEMS:
@@ -297,8 +298,13 @@ def peaks_of(backbone, allocations, kind, clips):
         allocations.integer = PROMPT + positions
         with mock.patch.object(scst, "sample_tree", ShortDrawing(positions)):
             peaks[f"SCST, tree of {positions}"] = allocations.peak_of(step)
-    del first, step, optimizer
+    positions = QUESTION + plan.ANSWER  # too many for one pass: train.KeptAnswers.batches
+    keep = KeepStep(model, clips, positions, plan.ANSWER, max(1, train.KEPT_POSITIONS * clips // positions))
+    keep.optimizer = optimizer
+    peaks["keep"] = allocations.peak_of(keep)
+    del first, step, keep, optimizer
     model.fusion.requires_grad_(False)
+    allocations.integer = LONGEST  # tokens of every caption
     peaks["captions"] = allocations.peak_of(lambda: backbone.caption(model, clips, LONGEST, passes=2))
     allocations.integer = 5
     peaks["retention"] = allocations.peak_of(lambda: backbone.answer(model, clips, passes=2))
@@ -342,7 +348,7 @@ def count_operations(backbone, allocations):
         result["drawing"] = tera(lambda: scst.sample_tree(
             backbone.decoder, backbone.llava.lm_head, prompt, SAMPLES, layer=12, eos=backbone.eos,
             limit=plan.CAPTION, fusion=model.fusion)) / clips
-    tokens = plan.CAPTION
+    tokens = allocations.integer = plan.CAPTION
     result["caption"] = tera(lambda: backbone.caption(model, clips, tokens, passes=tokens)) / clips
     allocations.integer = 5
     result["question"] = tera(lambda: backbone.answer(model, clips, passes=4)) / clips

@@ -34,11 +34,21 @@ def copy_of_repository(folder, world):
     return folder
 
 
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # gw0, gw1, ...; None: pytest runs in one process
+
+
 @pytest.fixture(scope="session")
-def world(tmp_path_factory):
+def common(tmp_path_factory):
+    """A folder that the workers of a session share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if WORKER else base
+
+
+@pytest.fixture(scope="session")
+def world(common):
     """Folder with data/ and models/ of the stand-in world at smoke size; WORLD=folder takes one that is there."""
-    folder = Path(os.environ["WORLD"]) if "WORLD" in os.environ else tmp_path_factory.mktemp("world") / "smoke"
-    python(ROOT / "tests/standin.py", "--out", folder, "--smoke")
+    folder = Path(os.environ.get("WORLD", common / "world/smoke"))
+    python(ROOT / "tests/standin.py", "--out", folder, "--smoke")  # of several workers one builds it
     return folder
 
 
@@ -66,25 +76,31 @@ def preloaded(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def smoke_started(world, preloaded, tmp_path_factory):
-    """Every phase of `SMOKE=1 bash run_all.sh` in a copy of the repository, two jobs at a time: (its folder, process)."""
+def smoke_started(request, common):
+    """Every phase of `SMOKE=1 bash run_all.sh` in a copy of the repository, two jobs at a time: the copy's folder."""
     # a name that breaks what is not quoted, or takes all text for ASCII
-    copy = copy_of_repository(tmp_path_factory.mktemp("copy") / "clone with späce", world)
+    copy = common / "clone with späce"
+    if WORKER not in (None, "gw0"):
+        yield copy  # the first worker starts it
+        return
+    copy_of_repository(copy, request.getfixturevalue("world"))
     with open(copy / "output.txt", "w") as out:
         process = subprocess.Popen(
             ["bash", "run_all.sh"], cwd=copy, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             preexec_fn=lambda: os.umask(0o077), env={
                 **os.environ, "SMOKE": "1", "SEEDS": "0", "PHASES": "0 1 2 3 4 5", "JOBS": "2", "THREADS": "1",
-                "HOME": "/nowhere", "LC_ALL": "C", "VENV": str(preloaded)})
-    yield copy, process
-    if process.poll() is None:
-        process.terminate()
-        process.wait()
+                "HOME": "/nowhere", "LC_ALL": "C", "VENV": str(request.getfixturevalue("preloaded"))})
+    yield copy
+    if WORKER and not request.session.testsfailed:
+        process.wait()  # another worker's tests may be waiting for it
+    process.terminate()
+    process.wait()
 
 
 def pytest_collection_modifyitems(items):
-    """The tests that look at the smoke run come last: it takes minutes, beside the others."""
-    items.sort(key=lambda item: "smoke" in item.fixturenames)
+    """Modules that look at the smoke run come last: it takes minutes, beside the others."""
+    late = {item.module for item in items if "smoke" in item.fixturenames}
+    items.sort(key=lambda item: (item.module in late, "smoke" in item.fixturenames))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -162,17 +162,24 @@ class Step:
 
 
 class KeepStep(Step):
-    """A Step that also keeps the answers to as many questions; positions: of a question, image and answer."""
+    """A Step that also keeps the answers to questions, as many as clips unless given, in one pass.
 
-    def __init__(self, model, clips, positions, answer=4):
+    positions: of a question, image and answer.
+    """
+
+    def __init__(self, model, clips, positions, answer=4, questions=None):
         super().__init__(model, clips)
         backbone, draw = model.backbone, torch.Generator().manual_seed(0)
-        states = torch.randn(clips, positions, backbone.decoder.config.hidden_size, generator=draw)
-        rows = torch.arange(clips).repeat_interleave(answer)
-        last = torch.arange(positions - answer - 1, positions - 1).repeat(clips)
+        n, slots = questions or clips, None
+        if model.slots:
+            positions += len(model.slots)
+            slots = torch.tensor([model.slots] * n, device=backbone.device)
+        states = torch.randn(n, positions, backbone.decoder.config.hidden_size, generator=draw)
+        rows = torch.arange(n).repeat_interleave(answer)
+        last = torch.arange(positions - answer - 1, positions - 1).repeat(n)
         branches = [fusions.Branch(model.fusion, backbone.features)]
         self.kept = train.KeptBatch(
-            branches, states.to(backbone.device, backbone.llava.dtype), None, rows.to(backbone.device),
+            branches, states.to(backbone.device, backbone.llava.dtype), slots, rows.to(backbone.device),
             last.to(backbone.device), states[rows, last].to(backbone.device, backbone.llava.dtype), len(rows), "keep")
         self.args.keep = 1.0
 

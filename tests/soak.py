@@ -57,6 +57,14 @@ def start(folder, args):
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def trained_again(folder, trained):
+    """Runs whose training.json is not the one in `trained`, {path: time}, which is brought up to date."""
+    times = {p: p.stat().st_mtime_ns for p in folder.glob("experiments/smoke/*/*/training.json")}
+    again = [str(p) for p, t in trained.items() if times.get(p) != t]
+    trained.update(times)
+    return again
+
+
 def kill(args, folder, world):
     """Faults of a study that is killed again and again, against one that is not."""
     whole, killed = copy_of_repository(folder / "whole", world), copy_of_repository(folder / "killed", world)
@@ -72,11 +80,10 @@ def kill(args, folder, world):
         except subprocess.TimeoutExpired:
             subprocess.run(["pkill", "-KILL", "-s", str(process.pid)])  # with all jobs: they share its session
             process.wait()
-        times = {p: p.stat().st_mtime_ns for p in killed.glob("experiments/smoke/*/*/training.json")}
-        twice += [str(p) for p, t in trained.items() if times.get(p) != t]
-        trained = times
+        twice += trained_again(killed, trained)
         print(f"kill {kills + 1}: {len(trained)} runs trained", flush=True)
     assert start(killed, args).wait() == 0
+    twice += trained_again(killed, trained)
     one, two = results(whole), results(killed)
     faults = [f"{name}: differs" for name in one.keys() | two.keys() if one.get(name) != two.get(name)]
     faults += [f"{name}: left over" for name in two if ".tmp" in name or "/state/" in name]

@@ -85,6 +85,20 @@ def test_peak_is_what_is_alive_together():
         assert allocations.now == 4000
 
 
+def test_every_activity_is_counted(monkeypatch):
+    """At 7B's width with three layers."""
+    monkeypatch.setattr(bench7b, "SIZE_7B", {**bench7b.SIZE_7B, "layers": 3})
+    monkeypatch.setattr(bench7b, "LAYERS", [1, 2])
+    with bench7b.fake_tensors() as allocations:
+        backbone = bench7b.FakeBackbone()
+        weights = allocations.now
+        peaks = bench7b.peaks_of(backbone, allocations, "concat", 8)
+    assert [*peaks] == ["XE, 16 tokens", "XE, 40 tokens", "SCST, tree of 60", "SCST, tree of 200", "keep", "captions",
+                        "retention"]
+    assert all(peak > weights > 1e9 for peak in peaks.values())
+    assert peaks["XE, 16 tokens"] < peaks["XE, 40 tokens"] < peaks["SCST, tree of 200"]
+
+
 def test_operations_at_7b_are_those_of_its_matrices():
     """Frozen blocks: a product forward, one backward; the counted numbers are that, and the fusion's few percent."""
     block = 4 * 4096 ** 2 + 3 * 4096 * 11008

@@ -86,6 +86,21 @@ def test_the_divergence_is_that_of_the_whole_model(built, kind):
         assert train.keep_loss(model, batch, args)[1]["keep"].abs() < 1e-6  # it is the backbone
 
 
+def test_long_questions_go_in_parts(built, monkeypatch):
+    """At 7B a pass has fewer questions than captions: the parts' losses and gradients are the whole's."""
+    model, kept, args = built("concat")
+    weight = model.fusion.size["3"]
+    (whole,) = kept.batches(0, args)
+    total, _ = train.keep_loss(model, whole, args)
+    (expected,) = torch.autograd.grad(total, weight)
+    monkeypatch.setattr(train, "KEPT_POSITIONS", max(len(states) for states, *_ in kept.examples) // 2)
+    parts = list(kept.batches(0, args))
+    losses = [train.keep_loss(model, part, args)[0] for part in parts]
+    assert sum(len(part.states) for part in parts) == 4 and 2 <= len(parts) <= 4
+    assert sum(losses).item() == pytest.approx(total.item(), rel=1e-5)
+    assert torch.autograd.grad(sum(losses), weight)[0].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_what_is_attached_and_how_often(built):
     """Clips, silence and noise, anew in each step, the same when a step is done again; every k-th step alone."""
     _, kept, args = built("additive")

@@ -1,4 +1,5 @@
 """run_all.sh: the whole smoke run, and its scheduling with a stub in place of Python."""
+import fcntl
 import json
 import os
 import shutil
@@ -17,11 +18,15 @@ SYSTEMS = ["additive", "cross_attention", "concat", "unfreeze", "data_only"]
 @pytest.fixture(scope="session")
 def smoke(smoke_started):
     """`SMOKE=1 bash run_all.sh`, every phase, on the world that the other tests use: its experiments folder."""
-    folder, process = smoke_started
-    process.wait()
-    out = (folder / "output.txt").read_text()
-    assert process.returncode == 0, out[-6000:]
-    return folder / "experiments/smoke"
+    output, lock = smoke_started / "output.txt", smoke_started / "experiments/smoke/lock"
+    for _ in range(300):
+        if lock.exists() and "phase" in output.read_text():
+            break
+        time.sleep(1)
+    with open(lock) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # held until run_all.sh ends
+    assert output.read_text().splitlines()[-1].endswith("REPORT.md"), output.read_text()[-6000:]
+    return smoke_started / "experiments/smoke"
 
 
 def test_smoke_ends_with_the_table(smoke):
@@ -130,10 +135,10 @@ def test_video_beside_sound(smoke):
     assert config["beside"].endswith("retention/additive_keep_s0") and config["keep"] == 10 and config["null_slot"]
 
 
-def test_started_again_nothing_is_redone(smoke):
+def test_started_again_nothing_is_redone(smoke, preloaded):
     before = {p: p.stat().st_mtime_ns for p in smoke.rglob("*/result.json") if "export" not in p.parts}  # copies
     done = subprocess.run(["bash", "run_all.sh"], cwd=smoke.parent.parent, capture_output=True, text=True,
-                          env={**os.environ, "SMOKE": "1", "SEEDS": "0", "VENV": str(Path(sys.executable).parent.parent)})
+                          env={**os.environ, "SMOKE": "1", "SEEDS": "0", "VENV": str(preloaded)})
     assert done.returncode == 0 and len(before) > 5
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
@@ -185,7 +190,7 @@ def stubbed(tmp_path):
     def start(**env):
         return subprocess.Popen(["bash", "run_all.sh"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                 text=True, env={**os.environ, "VENV": str(tmp_path), "SEEDS": "0 1", "EXP": "exp",
-                                                "PHASES": "0 1", **env},
+                                                "PHASES": "0 1", "JOBS": "20", **env},
                                 # what a shell started in the background ignores, no trap can get back
                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     start.folder = tmp_path
@@ -257,6 +262,13 @@ def test_the_loop_of_the_video_branch(stubbed, decision, tries, status):
     assert ("after 3 tries video still costs more than 0.5 percentage points" in out) is (decision == "3")
     if decision != "2":  # whatever was decided, all else is done
         assert set(names) >= {"video/audio_s0", "video/video_s0", *(f"retention/{v}_s0" for v in ("gate_l2_1", "keep_3", "concat_keep"))}
+
+
+def test_a_study_without_videos(stubbed):
+    process = stubbed(SCALE="full", PHASES="3", SEEDS="0", AV="")
+    assert process.wait(60) == 0
+    names = [c.split()[1] for c in calls(stubbed.folder) if c.startswith("start")]
+    assert "retention/additive_keep_s0" in names and not [n for n in names if "video" in n]
 
 
 def test_gpus_are_a_free_list(stubbed):
@@ -343,6 +355,7 @@ def test_launch_goes_before_every_job(stubbed):
 
 @pytest.mark.parametrize("env, message", [
     (dict(PHASES="0 7"), "there is no phase 7"), (dict(SCALE="huge"), "tiny, small or full"),
+    (dict(SCALE="full", SMOKE="1"), "SMOKE=1 is for SCALE=tiny and small"),
     (dict(GPUS="0 1", NPROC="2"), "NPROC=2 needs slots of 2"),
     (dict(VENV="/nowhere"), "lacks packages")])
 def test_mistakes_are_one_line(stubbed, env, message):

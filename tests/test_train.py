@@ -290,10 +290,10 @@ def test_a_branch_that_does_not_fit_beside_another_is_refused(world, finished, t
     assert done.returncode == 2 and "--scst off" in done.stderr
 
 
-def test_a_killed_run_ends_in_the_same_bytes(world, finished, tmp_path):
+def test_a_killed_run_ends_in_the_same_bytes(world, finished, preloaded, tmp_path):
     """SIGKILL in XE before and after the first saved state, and in SCST; then started again."""
     out = tmp_path / "killed"
-    command = [sys.executable, str(ROOT / "train.py"),
+    command = [preloaded / "bin/python", "train.py",
                *map(str, flags(world, out, "--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-6"))]
     marks = ['"step": 0', '"step": 4', '"stage": "scst", "step": 1']
     for mark in marks:
@@ -371,9 +371,9 @@ def test_unfrozen_blocks_below_the_fusion_are_trained_too(world, tmp_path):
         assert not torch.equal(found[0][f"top.{name}"], found[1][f"top.{name}"])
 
 
-def test_two_at_once_train_once(world, finished, tmp_path):
+def test_two_at_once_train_once(world, finished, preloaded, tmp_path):
     out = tmp_path / "both"
-    command = [sys.executable, str(ROOT / "train.py"),
+    command = [preloaded / "bin/python", "train.py",
                *map(str, flags(world, out, "--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-6"))]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
             for _ in range(2)]
