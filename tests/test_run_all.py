@@ -324,7 +324,7 @@ def test_detected_gpus_get_a_job_each(stubbed, monkeypatch):
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_stopping_ends_every_descendant(stubbed, how):
     process = stubbed(STUB_SLEEP="987")
-    deadline = time.time() + 30
+    deadline = time.time() + 120
     while not calls(stubbed.folder) and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(how)
@@ -335,7 +335,7 @@ def test_stopping_ends_every_descendant(stubbed, how):
 
 def test_a_second_script_is_refused_and_a_stale_lock_is_not(stubbed):
     first = stubbed(STUB_SLEEP="5")
-    deadline = time.time() + 30
+    deadline = time.time() + 120
     while not calls(stubbed.folder) and time.time() < deadline:
         time.sleep(0.1)
     second = stubbed()
