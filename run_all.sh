@@ -55,7 +55,7 @@ tiny)
         OVERFIT="--limit 32 --batch-size 16 --micro-batch 16 --steps 30 --eval-every 15"
     fi ;;
 small)
-    WORLD=$NAME; STANDIN="--llm smollm2"   # about 25 minutes on first use
+    WORLD=$NAME; STANDIN="--llm smollm2"   # 25 to 35 minutes on first use
     CLAP=${CLAP:-$WORLD/models/clap}; AUDIOCAPS=${AUDIOCAPS:-$WORLD/data/audiocaps}
     CLOTHO=${CLOTHO:-$WORLD/data/clotho}; AV=$WORLD/data/av
     QA=$WORLD/data/qa/test.json; KEEP_QA=$WORLD/data/qa/train.json
