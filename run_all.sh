@@ -447,7 +447,7 @@ phase_5() {   # appendix: gates that start elsewhere, noise in the audio
 # ------------------------------------------------------------------ main
 if [ "${1:-}" = test ]; then
     setup pytest hypothesis xdist
-    [ $# -gt 1 ] || set -- test -n 2 --dist loadfile   # a selection is faster in one process
+    [ $# -gt 1 ] || set -- test -n 2 --dist loadfile --no-loadscope-reorder   # a selection is faster in one process
     exec "$PYTHON" -m pytest -q tests "${@:2}"
 fi
 [ $# -eq 0 ] || die "run_all.sh $1: the only argument is 'test'; the knobs are at the top of the script"
