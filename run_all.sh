@@ -64,7 +64,7 @@ small)
     TRAIN="--batch-size 32 --steps 80 --eval-every 40"
     SCST="--scst auto --scst-lr 1e-4 --scst-temperature 0.3 --scst-steps 12"
     SHORT="--batch-size 32 --steps 40 --eval-every 20"; TRAIN_CLOTHO=$SHORT
-    # from 1e-3, 3e-3 and 1e-2 by validation, unfreeze's by its gates: tests/README.md, "A real language model"
+    # from 1e-3, 3e-3 and 1e-2 by validation: tests/README.md, "A real language model"
     for system in additive $BASELINES; do RATES[$system]="--lr 3e-3 --lr-adapter 3e-3"; done
     RATES[cross_attention]="--lr 1e-2 --lr-adapter 1e-2"
     VIDEO="$SHORT ${RATES[additive]}"; OVERFIT="--limit 1000 --batch-size 32 --steps 36 --eval-every 12"
