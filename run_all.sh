@@ -321,7 +321,7 @@ config = read(best, "config")
 print(best, config["tokens"], config["hidden"], *config["layers"])' "$EXP" "${trained[@]}"
 }
 
-phase_3() {   # what is kept: with --keep, after SCST, along two regularisations, beside video
+phase_3() {   # what is kept: with --keep, along two regularisations, beside video
     local value system keeping swept=() alone=() seed=$FIRST_SEED
     system retention/additive_keep additive audiocaps "$AUDIOCAPS" $TRAIN --null-slot $KEEP 10
     drain

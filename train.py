@@ -420,8 +420,7 @@ class TrainingCaptions(TrunkStates):
 # ---------------------------------------------------------------- answers to keep
 
 CLIPS, SILENCE = 0.7, 0.15  # what is attached beside a question: other clips, silence, else noise
-# positions of a question where as many questions as captions fit a pass: LLaVA-1.5's images have 576
-KEPT_POSITIONS = 80
+KEPT_POSITIONS = 80  # of a question where as many questions as captions fit a pass
 
 
 @dataclass
@@ -435,6 +434,11 @@ class KeptBatch:
     before: torch.Tensor      # (A, D), final states in their place before training
     tokens: int               # answer tokens of the whole step
     term: str                 # its name in the log
+
+
+def questions_a_pass(n, positions):
+    """How many of n questions of so many positions go through at once: LLaVA-1.5's images alone have 576."""
+    return max(1, KEPT_POSITIONS * n // positions)
 
 
 class Distractors:
@@ -534,8 +538,7 @@ class KeptAnswers:
             drawn[self.older.fusion.spec.modality] = frames
         tokens = sum(len(self.examples[i][2]) for i in picks)
         share = range(RANK, n, WORLD)
-        longest = max(len(self.examples[picks[i]][0]) for i in share)
-        size = max(1, KEPT_POSITIONS * len(share) // longest)
+        size = questions_a_pass(len(share), max(len(self.examples[picks[i]][0]) for i in share))
         for first in range(0, len(share), size):
             part = share[first:first + size]
             examples = [self.examples[picks[i]] for i in part]

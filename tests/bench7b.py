@@ -298,8 +298,8 @@ def peaks_of(backbone, allocations, kind, clips):
         allocations.integer = PROMPT + positions
         with mock.patch.object(scst, "sample_tree", ShortDrawing(positions)):
             peaks[f"SCST, tree of {positions}"] = allocations.peak_of(step)
-    positions = QUESTION + plan.ANSWER  # too many for one pass: train.KeptAnswers.batches
-    keep = KeepStep(model, clips, positions, plan.ANSWER, max(1, train.KEPT_POSITIONS * clips // positions))
+    positions = QUESTION + plan.ANSWER
+    keep = KeepStep(model, clips, positions, plan.ANSWER, train.questions_a_pass(clips, positions))
     keep.optimizer = optimizer
     peaks["keep"] = allocations.peak_of(keep)
     del first, step, keep, optimizer

@@ -24,7 +24,7 @@ import data
 import evaluate
 import fusion
 
-VARYING = {"seconds", "clips_per_second", "val_seconds", "reward_seconds", "clips_a_second", "train_hours", "hardware",
+VARYING = {"seconds", "clips_per_second", "val_seconds", "clips_a_second", "train_hours", "hardware",
            "seconds_to_90_percent", "train_seconds", "cache", "out", "init", "beside", "git",
            "folder"}  # from run to run
 

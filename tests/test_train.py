@@ -384,6 +384,17 @@ def test_two_at_once_train_once(world, finished, preloaded, tmp_path):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+def test_a_run_that_is_older_than_a_flag_is_known(world, finished, tmp_path):
+    out = tmp_path / "older"
+    shutil.copytree(finished, out)
+    config = json.loads((out / "config.json").read_text())
+    for key in ("null_slot", "keep", "keep_qa", "keep_every", "probe"):
+        del config[key]
+    (out / "config.json").write_text(json.dumps(config))
+    done = run(world, out, "--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-6")
+    assert "finished already" in done.stdout
+
+
 def test_a_finished_run_is_skipped_and_a_changed_flag_is_named(world, finished):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
     same = ["--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-6"]
