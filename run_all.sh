@@ -61,7 +61,7 @@ small)
     QA=$WORLD/data/qa/test.json; KEEP_QA=$WORLD/data/qa/train.json
     LLAVA=$WORLD/models/llava; TIMESFORMER=$WORLD/models/timesformer
     LAYERS="12 24"; TOKENS=16; HIDDEN=512; PROBE=100
-    TRAIN="--batch-size 32 --steps 80 --eval-every 40"
+    TRAIN="--batch-size 32 --steps 120 --eval-every 60"
     SCST="--scst auto --scst-lr 1e-4 --scst-temperature 0.3 --scst-steps 12"
     SHORT="--batch-size 32 --steps 40 --eval-every 20"; TRAIN_CLOTHO=$SHORT
     # from 1e-3, 3e-3 and 1e-2 by validation: tests/README.md, "A real language model"

@@ -476,6 +476,7 @@ def train_llava(sizes, seed, sound_texts, video_texts, texts):
 
 def train_smollm2(sizes, seed):
     """A LLaVA around SmolLM2, which stays as it is: the vision tower learns as above, then the projector alone."""
+    torch.set_num_threads(2)  # on any machine; CLAP, beside it, is done long before
     rng = np.random.default_rng([seed, 20])
     torch.manual_seed(seed)
     model, processor = smollm2.llava(vision_config())
@@ -568,7 +569,7 @@ def build(folder, sizes, seed, also_folder, llm):
 
     recorded_pairs = [(text, pick(rng, texts)) for _, texts in also for text in texts]
     models = folder / "models"
-    # two at once with a thread each, on any machine: the number of threads changes how sums are rounded
+    # two at once with a thread each (SmolLM2: two), on any machine: the number of threads changes how sums are rounded
     with ProcessPoolExecutor(2, get_context("fork"), torch.set_num_threads, (1,)) as pool:
         reads = texts + questions * 2 + ["Describe the sound.", "Describe the video."]
         train_its_llava = functools.partial(
