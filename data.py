@@ -50,7 +50,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-MAX_SECONDS = 600  # of one clip; longer clips are cut
+MAX_SECONDS = 600  # of a clip's sound; the rest is ignored
 MEDIA = (".wav .flac .mp3 .ogg .oga .opus .m4a .aac .wma .aif .aiff .au "
             ".mp4 .m4v .mkv .mka .webm .mov .avi .wmv .flv .mpg .mpeg .3gp").split()
 CLOTHO = {"train": "development", "val": "validation", "test": "evaluation"}
@@ -139,14 +139,14 @@ def read_split(dataset, root, split):
         raise InputError(f"{root}: no such folder; give the one that holds {table.name}")
     files = _walk(root, FOLDERS | DCASE if dataset == "clotho" else FOLDERS)
     tables = [path for path in files if path.name.lower() == table.name]
-    if tables and table not in tables:
+    if not tables:
+        raise InputError(f"{table}: cannot be read (it is not there or in a folder below); is this {dataset}?")
+    if table not in tables:
         table, *others = tables
         for other in others:
             if not filecmp.cmp(table, other, shallow=False):
                 raise InputError(f"{root}: holds two tables, {table} and {other}; give a folder with one of "
                                  "them, or move one away")
-    if not table.exists():
-        raise InputError(f"{table}: cannot be read (it is not there or in a folder below); is this {dataset}?")
     clips = READERS[dataset](table, files, split)
     missing = [clip.id for clip in clips if not clip.path]
     if 10 * len(missing) > len(clips):
@@ -184,10 +184,11 @@ def _walk(root, words):
     return files
 
 
-def _match(wanted, files):
-    """{name: [path]} from {name: [keys, strictest first]} and {path: keys}.
+def _match(table, wanted, files, rank):
+    """{name: path} from {name: [keys, strictest first]} and {path: keys}.
 
-    A file goes to the name that wants it with the strictest keys; if two names do, to neither."""
+    A file goes to the name that wants it with the strictest keys; if two names do, to neither. A name takes its
+    file of lowest rank(name, path). Raises InputError if another one has that rank and other bytes."""
     index, matches, taken = {}, {}, set()
     for path, keys in files.items():
         for key in keys:
@@ -202,16 +203,14 @@ def _match(wanted, files):
             if len(claims[path]) == 1:
                 matches.setdefault(*claims[path], []).append(path)
         taken |= claims.keys()
-    return matches
-
-
-def _choose(table, name, copies, rank):
-    """The copy with the lowest rank. Raises InputError if another one has that rank and other bytes."""
-    first, *others = sorted(copies, key=lambda path: (rank(path), path))
-    for other in others:
-        if rank(other) == rank(first) and not filecmp.cmp(first, other, shallow=False):
-            raise InputError(f"{table}: {name} could be {first} or {other}; move one of them away")
-    return first
+    paths = {}
+    for name in filter(matches.get, wanted):
+        first, *others = sorted(matches[name], key=lambda path: (rank(name, path), path))
+        for other in others:
+            if rank(name, other) == rank(name, first) and not filecmp.cmp(first, other, shallow=False):
+                raise InputError(f"{table}: {name} could be {first} or {other}; move one of them away")
+        paths[name] = first
+    return paths
 
 
 def _audiocaps(table, files, split):
@@ -227,28 +226,23 @@ def _audiocaps(table, files, split):
         if not re.fullmatch(r"\d{1,5}(\.\d{1,3})?", time):
             raise InputError(f"{location}: start_time {time[:40]!r} is not a number of seconds")
         numbers.add(number)
-        starts.setdefault(video, set()).add(float(time))
-        _, references, ids = clips.setdefault((video, float(time)), (location, [], []))
+        start = float(time)
+        starts.setdefault(video, set()).add(start)
+        *_, references, ids = clips.setdefault(f"{video}_{start:g}", (location, video, start, [], []))
         references += filter(None, [_clean(location, row["caption"])])
         ids.append((number.removesuffix(".0"), None))
     wanted = {}
-    for (video, start), (location, references, ids) in clips.items():
+    for id, (location, video, start, references, ids) in clips.items():
         if not references:
             raise InputError(f"{location}: clip {video} has no caption")
         other = f"Y{video}"
         bare = [(video, None), (other, None)] if len(starts[video]) == 1 else []
         milliseconds = [(video, 1000 * start), (other, 1000 * start)]
-        wanted[video, start] = [[(video, start)], [(other, start)], milliseconds, bare, ids]
-    matches = _match(wanted, {path: _clip_keys(path.name, files[path] in (split, None)) for path in files})
-
-    def rank(path):  # one in a folder named after the split is preferred, then sound
-        return files[path] != split, MEDIA.index(_stem(path.name)[1])
-
-    out = []
-    for (video, start), (_, references, _) in clips.items():
-        id, copies = f"{video}_{start:g}", matches.get((video, start))
-        out.append(Clip(id, _choose(table, id, copies, rank) if copies else None, references))
-    return out
+        wanted[id] = [[(video, start)], [(other, start)], milliseconds, bare, ids]
+    keys = {path: _clip_keys(path.name, files[path] in (split, None)) for path in files}
+    # one in a folder named after the split is preferred, then sound
+    paths = _match(table, wanted, keys, lambda id, path: (files[path] != split, MEDIA.index(_stem(path.name)[1])))
+    return [Clip(id, paths.get(id), references) for id, (*_, references, _) in clips.items()]
 
 
 def _clip_keys(name, bare):
@@ -270,7 +264,7 @@ def _named_files(table, files, split):
     for location, row in _rows(table, {"file_name", "caption_1"}, {"file_name", "question", "answer"}):
         name, question = _inside(location, row["file_name"]), None
         columns = [c for c in row if re.fullmatch(r"caption_\d+", c)]
-        if "question" in row:
+        if {"question", "answer"} <= row.keys():
             columns, question = ["answer"], _clean(location, row["question"])
         references = list(filter(None, [_clean(location, row[c]) for c in columns]))
         if not references or question == "":
@@ -301,13 +295,8 @@ def _locate(names, table, files, split):
         if files[path] in (split, None):
             loose = {key for spelling in _spellings(path.name) for key in _name_keys(spelling)}
             keys[path] += [(*path.parts[-1 - depth:-1], key) for depth in depths for key in loose]
-    paths = {}
-    for name, copies in _match(wanted, keys).items():
-        exact = wanted[name][0]
-        ranks = {path: (exact.index(path) if path in exact else 4, files[path] != split, path.name != name)
-                 for path in copies}
-        paths[name] = _choose(table, name, copies, ranks.get)
-    return paths
+    return _match(table, wanted, keys, lambda name, path: (  # in the order of the exact names, then the rest
+        [*wanted[name][0], path].index(path), files[path] != split, path.name != name))
 
 
 # dataset: reader(table, {path: split that its folder's name says, or None}, split) -> [Clip]
@@ -438,7 +427,7 @@ def read_kept(path):
 
 
 def check_apart(path, probe):
-    """Raises InputError if questions to keep share an image, or without one a question, with the probe."""
+    """Raises InputError if questions to keep share an image with the probe."""
     seen = set(map(content, probe))
     shared = [q.id for q in read_kept(path) if content(q) in seen]
     if shared:
@@ -481,6 +470,8 @@ def _question(location, record, number, pictured):
             question, answer = turns["human"].replace("<image>", ""), turns["gpt"]
         else:
             question, answer = record.get("question", record.get("text")), record["answer"]
+        if not isinstance(answer, str | int | float):  # null would be the text "None"
+            raise TypeError
         question = "\n".join(_clean(location, line, 20_000) for line in question.strip().split("\n"))
         answer = _clean(location, str(answer), 20_000)
     except (TypeError, KeyError, AttributeError):
@@ -576,12 +567,8 @@ def decode_video(path, frames):
 
     A shorter video repeats pictures. Raises InputError when it has no picture."""
     # two passes: all pictures of a minute of video would fill gigabytes
-    count, limit = 0, 60 * MAX_SECONDS
-    for _ in itertools.islice(_decoded(path, "video"), limit + 1):
-        count += 1
-    if count > limit:
-        _print_once(f"{path}: has more than {limit:,} pictures; the rest is ignored")
-    numbers = np.linspace(0, min(count, limit) - 1, frames).round().astype(int)
+    count = sum(1 for _ in _decoded(path, "video"))
+    numbers = np.linspace(0, count - 1, frames).round().astype(int)
     pictures, first = {}, None
     for i, frame in enumerate(itertools.islice(_decoded(path, "video"), max(numbers) + 1)):
         if frame.width * frame.height > 2 ** 25:
@@ -643,24 +630,24 @@ def noisy(wave, snr_db, generator, noise=None):
 
 # ---------------------------------------------------------------- frozen encoders
 
-def _pretrained(path, model_class, processor_class):
-    """A frozen model, its preprocessor, and the sha256 of the weights and settings behind its output."""
+def _pretrained(path, model_class, processor_class, dtype=torch.float32):
+    """A frozen model, its preprocessor, and the sha256 of the settings behind its output."""
     local = Path(path).is_dir()
     try:  # safetensors only: a pickle in a downloaded folder could run anything
         model, report = model_class.from_pretrained(
-            path, use_safetensors=True, local_files_only=local, dtype=torch.float32, output_loading_info=True)
+            path, use_safetensors=True, local_files_only=local, dtype=dtype, output_loading_info=True)
         processor = processor_class.from_pretrained(path, local_files_only=local)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path}: cannot be loaded as {model_class.__name__} ({reason})") from None
-    lacking = [*report["missing_keys"], *map(str, report["mismatched_keys"])]
+    lacking = sorted(report["missing_keys"])
     if lacking:  # transformers would draw them at random and go on
         raise InputError(f"{path}: no {model_class.__name__}; {len(lacking)} weights lack: {lacking[0]}")
     settings = [model.config.to_dict(), getattr(processor, "feature_extractor", processor).to_dict()]
     for key in ("_name_or_path", "transformers_version", "processor_class"):  # no effect on the output
         for part in settings:
             part.pop(key, None)
-    return model.eval().requires_grad_(False), processor, _hash_model(_sha(settings), model)
+    return model.requires_grad_(False), processor, _sha(settings)
 
 
 def _hash_model(settings, model):
@@ -680,8 +667,8 @@ class AudioEncoder:
     def __init__(self, path, device="cpu"):
         from transformers import ClapModel, ClapProcessor  # here, because it is slow to import
         self.path, self.device = str(path), device
-        self.model, processor, self.hash = _pretrained(path, ClapModel, ClapProcessor)
-        self.model.to(device)
+        self.model, processor, settings = _pretrained(path, ClapModel, ClapProcessor)
+        self.hash = _hash_model(settings, self.model.to(device))
         self.tokenizer, self.extractor = processor.tokenizer, processor.feature_extractor
         self.rate, self.size = self.extractor.sampling_rate, int(self.extractor.nb_max_samples)
         self.width = self.model.config.audio_config.hidden_size
@@ -750,8 +737,8 @@ class VideoEncoder:
     def __init__(self, path, device="cpu"):
         from transformers import AutoImageProcessor, TimesformerModel
         self.path, self.device = str(path), device
-        self.model, self.processor, self.hash = _pretrained(path, TimesformerModel, AutoImageProcessor)
-        self.model.to(device)
+        self.model, self.processor, settings = _pretrained(path, TimesformerModel, AutoImageProcessor)
+        self.hash = _hash_model(settings, self.model.to(device))
         self.frames, self.width = self.model.config.num_frames, self.model.config.hidden_size
         self.embed_dim = self.width
 
@@ -781,9 +768,9 @@ class VideoEncoder:
 
 @dataclass
 class Features:
-    """Encoder frames of many clips: `features[i]` is (S_i, E) float32, read from disk when needed."""
+    """Encoder frames of clips: `features[i]` is (S_i, E) float32, read from disk when asked for."""
     frames: torch.Tensor  # (sum of S_i, E) float16, memory-mapped
-    offsets: torch.Tensor  # (n + 1,) int64
+    spans: list[tuple]  # (first, end) of each clip in `frames`
     embeds: torch.Tensor  # (n, P) float32
     ids: list[str]
 
@@ -794,29 +781,17 @@ class Features:
         return len(self.ids)
 
     def __getitem__(self, i):
-        i = range(len(self))[i]  # negative numbers and IndexError as in a list
-        return self.frames[self.offsets[i]:self.offsets[i + 1]].float()
+        first, end = self.spans[i]
+        return self.frames[first:end].float()
 
     def of(self, clips):
-        """The frames of these clips, in their order."""
-        return ClipFrames(self, [self.index[clip.id] for clip in clips])
-
-
-class ClipFrames:
-    """Frames (S_i, E) of a list of clips, read from disk when asked for."""
-
-    def __init__(self, features, rows):
-        self.features, self.rows = features, rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        return self.features[self.rows[i]]
+        """The features of these clips, in their order."""
+        return self.take([self.index[clip.id] for clip in clips])
 
     def take(self, order):
-        """The same frames in another order, by index."""
-        return ClipFrames(self.features, [self.rows[i] for i in order])
+        """The features in another order, by index."""
+        spans, ids = [self.spans[i] for i in order], [self.ids[i] for i in order]
+        return Features(self.frames, spans, self.embeds[list(order)], ids)
 
 
 def lock_or_wait(file, message):
@@ -841,10 +816,11 @@ def _one_builder(path):
 def cached_json(folder, name, parts, make):
     """make(), kept as JSON in `folder` under a hash of `parts`. Of several jobs one makes it, the others wait."""
     path = Path(folder) / f"{name}_{_sha(parts)[:32]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _one_builder(path):
-        if not path.exists():
-            write_json(path, make())
+    if not path.exists():  # a full cache may be read-only
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _one_builder(path):
+            if not path.exists():
+                write_json(path, make())
     return json.loads(_text(path))
 
 
@@ -885,44 +861,40 @@ def _build_features(path, split, encoder, modality, pool):
     return cached
 
 
-def _prepare(encoder, modality, clip):
-    """The clip, decoded and prepared for the encoder's model, or the InputError."""
-    try:
-        if modality == "video":
-            return encoder.prepare(decode_video(clip.path, encoder.frames))
-        return encoder.prepare(decode_audio(clip.path, encoder.rate))
-    except InputError as error:
-        return error
+def _prepare(clip, encoder, modality):
+    """The clip, decoded and prepared for the encoder's model."""
+    if modality == "video":
+        return encoder.prepare(decode_video(clip.path, encoder.frames))
+    return encoder.prepare(decode_audio(clip.path, encoder.rate))
 
 
-def _in_order(function, items, pool, ahead):
-    """Yield function(item) for each item; threads are at most `ahead` items ahead of the caller."""
+def _prepare_ahead(clips, encoder, modality, pool):
+    """Yield (clip, job that prepares it); threads are at most 4 * CHUNK clips ahead of the caller."""
     jobs = collections.deque()
-    for item in items:
-        jobs.append(pool.submit(function, item))
-        if len(jobs) > ahead:
-            yield jobs.popleft().result()
+    for clip in clips:
+        jobs.append((clip, pool.submit(_prepare, clip, encoder, modality)))
+        if len(jobs) > 4 * CHUNK:
+            yield jobs.popleft()
     while jobs:
-        yield jobs.popleft().result()
+        yield jobs.popleft()
 
 
 def _write_features(path, split, encoder, modality, pool):
     """Encode a split into a cache file. While the model runs, threads prepare the next clips.
 
     Frames go to an unnamed file as they come, so that memory does not grow with the split."""
-    prepare = functools.partial(_prepare, encoder, modality)
-    prepared = _in_order(prepare, split.clips, pool, 4 * CHUNK)
+    jobs = _prepare_ahead(split.clips, encoder, modality, pool)
     lengths, ids, bad = [0], [], {}
     with tempfile.TemporaryFile(dir=path.parent) as file:
         with tqdm(total=len(split.clips), desc=f"{modality} features, {split.name}", disable=None) as bar:
-            for start in range(0, len(split.clips), CHUNK):
-                chunk, clips, inputs = split.clips[start:start + CHUNK], [], []
-                for clip, result in zip(chunk, prepared):
-                    if isinstance(result, InputError):
-                        bad[clip.id] = str(result)
-                    else:
+            while chunk := list(itertools.islice(jobs, CHUNK)):
+                clips, inputs = [], []
+                for clip, job in chunk:
+                    try:
+                        inputs.append(job.result())
                         clips.append(clip)
-                        inputs.append(result)
+                    except InputError as error:
+                        bad[clip.id] = str(error)
                 for clip, frames, embed in zip(clips, *encoder.encode_prepared(inputs)):
                     frames = frames.half().contiguous()
                     if not (frames.isfinite().all() and embed.isfinite().all()):
@@ -951,20 +923,17 @@ def _read_features(path, split):
     """(Features, {id of a bad clip: reason}) of a cache file; None if it is absent or damaged."""
     try:
         with safe_open(path, "pt") as file:
-            notes = file.metadata()
-            ids, bad = json.loads(notes["ids"]), json.loads(notes["bad"])
-            frames, offsets = file.get_tensor("frames"), file.get_tensor("offsets")
-            features = Features(frames, offsets, file.get_tensor("embeds"), ids)
-        if bad and isinstance(bad, list):
-            return None  # an older version wrote it, which could not decode some of these clips
-        complete = offsets[-1] == len(frames) and len(ids) == len(features.embeds)
-        if complete and ids == [clip.id for clip in split.clips if clip.id not in bad]:
+            ids, bad = (json.loads(file.metadata()[key]) for key in ("ids", "bad"))
+            spans = list(itertools.pairwise(file.get_tensor("offsets").tolist()))
+            features = Features(file.get_tensor("frames"), spans, file.get_tensor("embeds"), ids)
+        older = bad and isinstance(bad, list)  # a version that could not decode some of these clips
+        if not older and ids == [clip.id for clip in split.clips if clip.id not in bad]:
             return features, bad
     except FileNotFoundError:
         return None
     except (SafetensorError, ValueError, KeyError, TypeError):
         pass
-    print(f"{path}: is damaged and is built again", flush=True)
+    _print_once(f"{path}: is damaged or of an older version, and is built again")
 
 
 def _file_hashes(split, folder, pool):
@@ -1007,21 +976,17 @@ class Backbone:
     Raises InputError when it cannot be loaded or its parts do not fit together."""
 
     def __init__(self, path, device, dtype="auto"):
-        from transformers import AutoProcessor, LlavaForConditionalGeneration, logging
+        from transformers import AutoProcessor, GenerationConfig, LlavaForConditionalGeneration, logging
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.path, self.device = str(path), torch.device(device)
         if dtype == "auto":
             dtype = "bfloat16" if self.device.type == "cuda" else "float32"
-        try:
-            self.llava = LlavaForConditionalGeneration.from_pretrained(
-                self.path, dtype=getattr(torch, dtype), use_safetensors=True)
-            self.processor = AutoProcessor.from_pretrained(self.path)
-        except (OSError, ValueError, KeyError) as e:
-            reason = " ".join(str(e).split())[:160]
-            raise InputError(f"{path}: cannot be loaded as LLaVA ({reason}); "
-                             "--llava takes a checkpoint folder or a hub name") from e
-        self.llava = self.llava.to(self.device).eval().requires_grad_(False)
+        self.llava, self.processor, _ = _pretrained(
+            self.path, LlavaForConditionalGeneration, AutoProcessor, getattr(torch, dtype))
+        self.llava.to(self.device)
+        # what generate() is not told is its default: many checkpoints bring settings for chats
+        self.llava.generation_config = GenerationConfig()
         self.tokenizer = self.processor.tokenizer
         self.decoder = self.llava.model.language_model
         # a template may write <s>; a tokenizer that adds one itself must not see it

@@ -94,25 +94,23 @@ def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0):
 
     temperature: a number, or for samples (B * k, 1). A row's prompt is read once, not k times.
     """
-    from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+    def policy(ids, logits):
+        logits = logits / temperature
+        if sampling:
+            return nucleus(logits, top_p)
+        return logits if temperature == 1 else logits.log_softmax(-1)  # beams add log-probabilities
+
+    from transformers import DynamicCache, GenerationConfig
     cache = DynamicCache(config=backbone.decoder.config)
     backbone.decoder(input_ids=prompt[:, :-1], past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(k)
-    options, processors = {}, LogitsProcessorList()
-    if sampling:
-        options = {"top_k": 0}
-        processors.append(lambda ids, logits: nucleus(logits / temperature, top_p))
-    elif k > 1:
-        options = {"num_beams": k, "length_penalty": LENGTH_PENALTY}
-    if not sampling and temperature != 1:  # beams add log-probabilities: normalise again
-        processors.append(lambda ids, logits: (logits / temperature).log_softmax(-1))
     config = GenerationConfig(
-        max_new_tokens=MAX_NEW_TOKENS, num_return_sequences=k, do_sample=sampling,
-        eos_token_id=backbone.eos, pad_token_id=backbone.pad,
-        bos_token_id=backbone.tokenizer.bos_token_id, **options)
+        max_new_tokens=MAX_NEW_TOKENS, num_return_sequences=k, num_beams=1 if sampling else k,
+        length_penalty=LENGTH_PENALTY, do_sample=sampling, top_k=0,
+        eos_token_id=backbone.eos, pad_token_id=backbone.pad)
     return backbone.llava.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config,
-        logits_processor=processors, past_key_values=cache)
+        logits_processor=[policy], past_key_values=cache)
 
 
 def nucleus(logits, p):
@@ -121,18 +119,15 @@ def nucleus(logits, p):
     Holtzman et al. 2020. transformers' TopPLogitsWarper sorts all words, which took a third of
     the time of sampling from 49,000; here the likeliest 1,000 are tried first.
     """
+    from transformers import TopPLogitsWarper
     if p >= 1:
         return logits
-    total, words = logits.logsumexp(-1, keepdim=True), logits.shape[-1]
-    rows, lowest = torch.arange(len(logits), device=logits.device), torch.empty_like(total)
-    for k in sorted({min(1000, words), words}):
-        top = logits[rows].topk(k).values
-        probabilities = (top - total[rows]).exp()
-        kept = probabilities.cumsum(-1) - probabilities < p                       # (R, k)
-        lowest[rows] = top.masked_fill(~kept, float("inf")).amin(-1, keepdim=True)
-        rows = rows[kept[:, -1]]  # may need more words
-        if not len(rows):
-            break
+    top = logits.topk(min(1000, logits.shape[-1])).values
+    probabilities = (top - logits.logsumexp(-1, keepdim=True)).exp()
+    kept = probabilities.cumsum(-1) - probabilities < p                           # (R, k)
+    if kept[:, -1].any():  # may need more words
+        return TopPLogitsWarper(p)(None, logits)
+    lowest = top.masked_fill(~kept, float("inf")).amin(-1, keepdim=True)
     return logits.masked_fill(logits < lowest, float("-inf"))
 
 
@@ -191,16 +186,12 @@ def _candidates(backbone, branches, prompt, k, sampling, temperature):
 
 def caption_statistics(captions):
     """{"words" a caption, "repetition" of 4-grams, "not_ended"}, the last two fractions."""
-    words = four_grams = repeated = 0
-    for caption in captions:
-        text = caption["text"].split()
-        grams = list(zip(text, text[1:], text[2:], text[3:]))
-        words += len(text)
-        four_grams += len(grams)
-        repeated += len(grams) - len(set(grams))
-    not_ended = sum(not c["ended"] for c in captions)
-    return {"words": words / len(captions), "repetition": repeated / max(1, four_grams),
-            "not_ended": not_ended / len(captions)}
+    texts = [caption["text"].split() for caption in captions]
+    grams = [list(zip(t, t[1:], t[2:], t[3:])) for t in texts]
+    count, distinct = sum(map(len, grams)), sum(len(set(g)) for g in grams)
+    return {"words": sum(map(len, texts)) / len(texts),
+            "repetition": (count - distinct) / max(1, count),
+            "not_ended": sum(not c["ended"] for c in captions) / len(captions)}
 
 
 # ---------------------------------------------------------------- scores
@@ -464,7 +455,7 @@ def fit_weights(candidates, values):
 
 def equal_weights_rerank(candidates, inputs):
     """{"val_reranked", "val_oracle"}: selection metric of an unfitted choice, of the best."""
-    add_criteria(candidates, inputs.embeds, list(inputs.encoders.values())[-1])
+    add_criteria(candidates, inputs.frames["audio"].embeds, inputs.encoders["audio"])
     values = selection_values(candidates, inputs.split.clips)
     reranked = take(values, choose(candidates, [1 / 3] * 3))
     return {"val_reranked": float(sum(reranked)) / len(values),
@@ -541,7 +532,8 @@ def open_run(folder, device, dtype="auto"):
     if not (home / "config.json").exists():
         raise InputError(f"{home}: not a run folder (no config.json); train.py --out makes one")
     config = read_json(home / "config.json")
-    if not (home / "training.json").exists():
+    stage, training = "xe" if home == folder else "scst", home / "training.json"
+    if not training.exists() or stage not in read_json(training)["stages"]:
         raise InputError(f"{home}: training has not finished; start its train.py command again")
     for key in ("llava", "encoder", "data", "cache", "beside", "keep_qa"):  # as given where it was trained
         config[key] = config.get(key) and data.from_folder(config[key], config.get("folder", "."))
@@ -557,9 +549,9 @@ def open_beside(config, device, dtype="auto"):
         return None
     older = open_run(config["beside"], device, dtype)
     c, modality, llava = older.config, config["modality"], config["llava"]
-    if c["llava"] != llava or c["modality"] == modality or c["fusion"] == "concat":
-        raise InputError(f"--beside {older.folder}: {c['fusion']} for {c['modality']} on "
-                         f"{c['llava']}; needed: no concat, not for {modality}, on {llava}")
+    if c["llava"] != llava or c["modality"] == modality or c["fusion"] == "concat" or c["beside"]:
+        raise InputError(f"--beside {older.folder}: {c['fusion']} for {c['modality']} on {c['llava']}; "
+                         f"needed: no concat, not beside another run, not for {modality}, on {llava}")
     return older
 
 
@@ -587,15 +579,11 @@ class Inputs:
     split: data.Split
     prompts: list         # texts, one a clip
     encoders: dict        # modality -> encoder, the run's own last
-    frames: dict          # modality -> frames (S, E), one a clip
-    embeds: torch.Tensor  # (n, width), the run's own encoder's
+    frames: dict          # modality -> data.Features, one a clip
 
-    def branches(self, fusions, clips=None):
-        """The fusions, each with its modality's frames; clips: of these clips only, by index."""
-        branches = [Branch(f, self.frames[f.spec.modality]) for f in fusions]
-        if clips is not None:
-            branches = [Branch(b.fusion, b.frames.take(clips)) for b in branches]
-        return branches
+    def branches(self, fusions):
+        """The fusions, each with its modality's frames."""
+        return [Branch(f, self.frames[f.spec.modality]) for f in fusions]
 
 
 def load_inputs(config, split, device, beside=None):
@@ -608,10 +596,8 @@ def load_inputs(config, split, device, beside=None):
         encoders[m] = data.load_encoder(c["encoder"], m, device)
         features[m] = data.load_features(split, encoders[m], config["cache"], m)
     frames = {m: f.of(split.clips) for m, f in features.items()}
-    own = features[config["modality"]]
-    embeds = own.embeds[[own.index[clip.id] for clip in split.clips]]
     prompts = [clip.question or config["prompt"] for clip in split.clips]
-    return Inputs(split, prompts, encoders, frames, embeds)
+    return Inputs(split, prompts, encoders, frames)
 
 
 def make_items(clips, captions, candidates=None):
@@ -631,8 +617,8 @@ def caption(run, args):
     """Caption a split with a run: predictions.json, run_card.json and, last, result.json."""
     config, out = run.config, results_folder(run.folder, args)
     if args.rerank and (config["modality"] != "audio" or run.beside or args.hear != "all"):
-        raise InputError(f"{run.folder}: --rerank is for runs with audio alone: CLAP compares "
-                         "captions with the sound")
+        raise InputError(f"{run.folder}: --rerank needs a run with audio alone and --hear all: "
+                         "CLAP compares captions with the sound")
     inputs = load_inputs(config, args.split, args.device, run.beside)
     branches, clips, extra = choose_branches(run, inputs, args.hear), inputs.split.clips, {}
     options = {"beams": args.beams, "samples": args.samples if args.rerank else 0,
@@ -648,7 +634,7 @@ def caption(run, args):
         first = score(make_items(clips, captions))
         write_results(out / "first_beam", predictions=first["items"])
         mean_words = caption_statistics(captions)["words"]
-        add_criteria(candidates, inputs.embeds, inputs.encoders["audio"])
+        add_criteria(candidates, inputs.frames["audio"].embeds, inputs.encoders["audio"])
         picks, report = rerank(candidates, clips, [*extra["reranker"]["weights"].values()])
         extra |= {**report, "first_beam": {**first["corpus"], "mean_words": mean_words}}
         captions = take(candidates, picks)
@@ -664,12 +650,13 @@ def caption(run, args):
         "not_ended": statistics["not_ended"], **extra}
     card = run_card(run, inputs, training, options, args)
     few = inputs.prompts[:4]
-    branches = [Branch(b.fusion, b.frames.take(range(len(few)))) for b in branches]
     with FlopCounterMode(display=False) as counter:
-        decode(run.backbone, branches, few, **options)
+        decode(run.backbone, branches, few, **options | {"samples": 0})
     card["flops_a_clip"] = counter.get_total_flops() / len(few)
-    card["flops_counted"] = "matrix products of decoding, torch.utils.flop_counter"
+    card["flops_counted"] = "matrix products of decoding with beams, torch.utils.flop_counter"
     card["clips_a_second"] = len(clips) / seconds
+    if not args.rerank:
+        shutil.rmtree(out / "first_beam", ignore_errors=True)  # of an earlier decoding
     write_results(out, predictions=scored["items"], run_card=card, result=result)
     print(f"{out}: n {result['n']}  {in_a_line(scored['corpus'])}")
 
@@ -709,7 +696,7 @@ def find_reranker(run, options, args):
     inputs = load_inputs(run.config, "val", args.device)
     candidates = decode(run.backbone, inputs.branches(run.fusions), inputs.prompts, **options,
                         progress=f"validation: {run.folder.name}")
-    add_criteria(candidates, inputs.embeds, inputs.encoders["audio"])
+    add_criteria(candidates, inputs.frames["audio"].embeds, inputs.encoders["audio"])
     values = selection_values(candidates, inputs.split.clips)
     weights = fit_weights(candidates, values)
     reranked = take(values, choose(candidates, weights))
@@ -748,10 +735,15 @@ def run_card(run, inputs, training, options, args):
         "hardware": hardware(run.backbone.device), "versions": versions(), "git": config["git"]}
 
 
+def logged_metric(*rows):
+    """The selection metric of logged validations, which may be older than an installed SPICE."""
+    return "val_spider" if all("val_spider" in x for x in rows) else "val_spider_lite"
+
+
 def seconds_to_fraction(log, stage="xe", fraction=0.9):
     """Training seconds, from XE's start, to this fraction of the stage's best validation."""
-    key = f"val_{selection_metric()}"
     rows = [x for x in log if x.get("event") == "validation" and x["stage"] in ("xe", stage)]
+    key = logged_metric(*rows)
     final = max((x[key] for x in rows if x["stage"] == stage), default=None)
     if final is None:
         return None
@@ -811,17 +803,13 @@ class Probe:
         self.backbone, self.questions, self.batches = backbone, questions, []
         backbone.tokenizer.padding_side = "left"
         for i in range(0, len(questions), batch_size):
-            images, texts, answers = [], [], []
-            for q in questions[i:i + batch_size]:
-                if q.image:
-                    images.append(data.open_image(q.image))
-                texts.append(backbone.chat(q.question, image=q.image is not None))
-                answers.append(torch.tensor(backbone.caption_ids(q.question, q.answer),
-                                            device=backbone.device))
+            part = questions[i:i + batch_size]
+            texts = [backbone.chat(q.question, image=q.image is not None) for q in part]
+            images = [data.open_image(q.image) for q in part if q.image]
+            answers = [torch.tensor(backbone.caption_ids(q.question, q.answer), device=backbone.device)
+                       for q in part]
             batch = backbone.processor(text=texts, images=images or None, padding=True,
-                                       return_tensors="pt").to(backbone.device)
-            if images:
-                batch["pixel_values"] = batch["pixel_values"].to(backbone.llava.dtype)
+                                       return_tensors="pt").to(backbone.device, backbone.llava.dtype)
             self.batches.append((batch, answers))
 
     def with_placeholders(self, batch, n):
@@ -883,9 +871,9 @@ def own_answers(backbone, questions, cache):
 
 
 def own_captions(run, limit, args):
-    """(Branch with training clips of a run, [text]: its greedy captions of them), at most `limit`."""
+    """(Branch with a run's training clips, prompts and greedy captions of the first `limit`)."""
     inputs = load_inputs(run.config, "train", args.device)
-    (branch,) = inputs.branches([run.fusion], range(min(limit, len(inputs.prompts))))
+    (branch,) = inputs.branches([run.fusion])
     prompts = inputs.prompts[:limit]
 
     def answer():
@@ -893,7 +881,7 @@ def own_captions(run, limit, args):
         return [clip[0]["text"] for clip in candidates]
 
     parts = [run.backbone.hash, fusions.digest(run.fusion.state_dict()), inputs.split.hash, limit]
-    return branch, data.cached_json(args.cache, "captions", parts, answer)
+    return branch, prompts, data.cached_json(args.cache, "captions", parts, answer)
 
 
 def silence_and_noise(encoder, seed, clips=16):
@@ -1055,7 +1043,7 @@ def again(run, args):
     for name, frames in ("clean", None), ("distracted", own.take(pick)):
         branches = [*inputs.branches([older.fusion]), Branch(run.fusion, frames)]
         candidates = decode(run.backbone, branches, inputs.prompts, beams=beams,
-                            batch_size=args.batch_size, progress=f"{run.folder.name}: {name}")
+                            temperature=older.temperature, batch_size=args.batch_size, progress=f"{run.folder.name}: {name}")
         captions = [clip[0] for clip in candidates]
         items[name] = make_items(inputs.split.clips, captions, candidates)
         same[name] = [a["prediction"] == b["prediction"]
@@ -1080,11 +1068,11 @@ def decide(args):
     Compared are the older branch alone, and beside an unrelated clip of the new branch, in
     captions and in VQA. Without a clip the new branch changes nothing, by construction.
     """
-    tries, metric = [], selection_metric()
-    hint = "; run `evaluate.py caption`, `again` and `retention` first"
+    tries, hint = [], "; run `evaluate.py caption`, `again` and `retention` first"
     for folder in map(Path, args.runs):
         names = ("config", "audio_again", "retention", "retention_items", "result")
         config, audio, vl, items, result = (read_json(folder / f"{n}.json", hint) for n in names)
+        metric = "spider" if "spider" in audio["before"] else "spider_lite"
         vl, alone = vl["conditions"], f"unrelated_{audio['modality']}"
         losses = [correct(i[alone]["answer"], i["truth"])
                   - correct(i["unrelated_clip"]["answer"], i["truth"]) for i in items]
@@ -1105,41 +1093,32 @@ def decide(args):
                       result["cider_d"], "clean_identical": clean, **points, "within": within})
         changes.append(f"{'within' if within else 'beyond'} {args.tolerance:g}")
         print(f"{folder}:", *(f"{k} {v:g} " for k, v in weights.items()), "  ".join(changes))
-    write_json(args.out, {
-        "tolerance": args.tolerance, "unit": "percentage points",
-        "compared": {
-            "audio": f"{metric} of the older run's test captions, alone and beside an unrelated "
-                     "clip of the new modality",
-            "vl": "VQA accuracy, with a clip given to the older branch alone, and to both"},
-        "tries": tries, "decision": "keep" if within else "raise keep and gate_l2"})
+    write_json(args.out, {"tolerance": args.tolerance, "tries": tries,
+                          "decision": "keep" if within else "raise keep and gate_l2"})
     if not within:
         sys.exit(3)
 
 
 def check(args):
     """Phase 0: closed gates are the backbone, a small set is learned. If not, exit status 1."""
-    failed = False
+    checks, hint = {}, "; train and run `evaluate.py retention` first"
     for folder in map(Path, args.runs):
-        hint = "; train and run `evaluate.py retention` first"
-        conditions = read_json(folder / "retention.json", hint)["conditions"]
-        identical = {name: c["identical"] for name, c in conditions.items()}
-        nothing = identical["no_clip"] and identical["nothing_attached"]
-        checks = [("closed gates: the backbone's answers and likelihoods exactly",
-                   identical["gates_closed"]), ("no clip, and nothing attached: likewise", nothing)]
+        for name, c in read_json(folder / "retention.json", hint)["conditions"].items():
+            if name in ("gates_closed", "no_clip", "nothing_attached"):
+                checks[f"{folder}, {name}: answers and likelihoods are the backbone's"] = c["identical"]
         if not args.exact_only:
-            log, metric = read_json(folder / "log.jsonl", hint), f"val_{selection_metric()}"
-            log = [x for x in log if x["stage"] == "xe"]
+            log = [x for x in read_json(folder / "log.jsonl", hint) if x["stage"] == "xe"]
             xe = [x["xe"] for x in log if x["event"] == "step"]
-            scores = [x[metric] for x in log if x["event"] == "validation"]
+            validations = [x for x in log if x["event"] == "validation"]
+            metric = logged_metric(*validations)
+            first, *scores = [x[metric] for x in validations]
             before, after = np.mean(xe[:2]), np.mean(xe[-2:])
-            climbs = f"{metric} climbs: " + " ".join(f"{s:.3f}" for s in scores)
-            falls = f"the loss falls by a tenth: {before:.2f} to {after:.2f}"
-            checks += [(falls, after < 0.9 * before),
-                       (climbs, max(scores[1:], default=0) > scores[0])]
-        for name, passed in checks:
-            print(f"{'ok  ' if passed else 'FAIL'}  {name}")
-            failed |= not passed
-    if failed:
+            checks[f"{folder}: the loss falls by a tenth, {before:.2f} to {after:.2f}"] = after < 0.9 * before
+            best = max(scores, default=0)
+            checks[f"{folder}: {metric} climbs, {first:.3f} to {best:.3f}"] = best > first
+    for name, passed in checks.items():
+        print(f"{'ok  ' if passed else 'FAIL'}  {name}")
+    if not all(checks.values()):
         sys.exit(1)
 
 
@@ -1239,7 +1218,11 @@ def parse_args(argv=None):
     add = command("check", check, "are the checks of phase 0 met?")
     add("--exact-only", action="store_true", help="leave out those of learning")
     command("install-spice", install_spice, "download SPICE's jars (400 MB), once", runs=False)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for flag, least in (("beams", 1), ("batch_size", 1), ("limit", 1), ("samples", 0)):
+        if getattr(args, flag, least) < least:
+            parser.error(f"--{flag.replace('_', '-')} must be at least {least}")
+    return args
 
 
 def main(argv=None):
@@ -1248,23 +1231,19 @@ def main(argv=None):
         return args.function(args)
     for folder, args.hear in itertools.product(args.runs, getattr(args, "hear", ["all"])):
         done = results_folder(folder, args) / args.result
-        if done.is_file() and (args.command != "caption" or same_decoding(done, args)):
+        if done.is_file() and (args.command != "caption" or same_decoding(done.parent, args)):
             print(f"{done.parent}: {done.name} is there, skipped; remove it to make it again")
             continue
         args.function(open_run(folder, args.device, args.dtype), args)
 
 
-def same_decoding(result, args):
-    """Is a result.json of the split, the beam width and the reranking that are asked for?"""
-    try:
-        split = read_json(result)["split"]
-        card = read_json(result.parent / "run_card.json")["decoding"]
-        return (split, card["beams"], card["rerank"]) == (args.split, args.beams, args.rerank)
-    except (InputError, KeyError, TypeError):
-        return False
+def same_decoding(folder, args):
+    """Were the captions there made with the beam width and the reranking that are asked for?"""
+    card = read_json(folder / "run_card.json")["decoding"]
+    return (card["beams"], card["rerank"]) == (args.beams, args.rerank)
 
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES)
 
 
 def guarded(main):
@@ -1279,10 +1258,10 @@ def guarded(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except (OSError, SafetensorError) as e:
-        if not any(os.strerror(number) in str(e) for number in DISK_FULL):
+        if not any(os.strerror(number) in str(e) for number in UNWRITABLE):
             raise
         print(f"error: {e}; what was saved before is whole, start the same command again when "
-              "there is room", file=sys.stderr)
+              "there is room and permission", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

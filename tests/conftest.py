@@ -91,7 +91,7 @@ def smoke_started(request, common):
                 **os.environ, "SMOKE": "1", "SEEDS": "0", "PHASES": "0 1 2 3 4 5", "JOBS": "2", "THREADS": "1",
                 "HOME": "/nowhere", "LC_ALL": "C", "VENV": str(request.getfixturevalue("preloaded"))})
     yield copy
-    if WORKER and not request.session.testsfailed:
+    if WORKER and not (request.session.shouldstop or request.session.shouldfail):
         process.wait()  # another worker's tests may be waiting for it
     process.terminate()
     process.wait()
@@ -119,17 +119,19 @@ def shared():
     return folder
 
 
+def fused(backbone, kind, rows):
+    """(backbone, a small fusion with its gates open, prompt ids (rows, P), slots (rows, 4) or None)."""
+    import fusion as fusions
+    import torch
+    torch.manual_seed(0)
+    fusion = fusions.build(kind, backbone.decoder, encoder_width=8, layers=[3, 6], tokens=4, hidden=16)
+    if fusion.has_gate:
+        fusion.set_gates(0.3)
+    ids, slots = backbone.prompt(data.SOUND_PROMPT, 4 * (kind == "concat"))
+    return backbone, fusion, torch.tensor([ids] * rows), slots and torch.tensor([slots] * rows)
+
+
 @pytest.fixture
 def prompted(world):
-    """prompted(kind, rows): (backbone, a small fusion with its gates open, prompt ids (rows, P), slots or None)."""
-    def build(kind, rows):
-        import fusion as fusions
-        import torch
-        backbone = data.load_backbone(str(world / "models/llava"), "cpu")
-        torch.manual_seed(0)
-        fusion = fusions.build(kind, backbone.decoder, encoder_width=8, layers=[3, 6], tokens=4, hidden=16)
-        if fusion.has_gate:
-            fusion.set_gates(0.3)
-        ids, slots = backbone.prompt(data.SOUND_PROMPT, 4 * (kind == "concat"))
-        return backbone, fusion, torch.tensor([ids] * rows), slots and torch.tensor([slots] * rows)
-    return build
+    """prompted(kind, rows): as `fused`, around the stand-in LLaVA."""
+    return lambda kind, rows: fused(data.load_backbone(str(world / "models/llava"), "cpu"), kind, rows)

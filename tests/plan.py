@@ -4,8 +4,8 @@
     DRY=1 SCALE=full bash run_all.sh | python tests/plan.py --rate 120   # TFLOP/s reached; default 40% of 989
 
 Repeats the commands of a dry run. Costs are operations of LLaVA-1.5-7B's matrix products, counted once by
-`python tests/bench.py time7b`, times what each command does at most: all steps, no early stop. Left out: loading,
-the encoders, Java. Decoding is limited by memory more than by operations, and takes longer than this.
+`python tests/bench.py time7b`, times what each command does at most: all steps, no early stop. A first layer that
+was not counted costs what 12 does. Left out: loading, the encoders, Java, the answers that --keep keeps. Decoding is limited by memory more than by operations, and takes longer than this.
 """
 import argparse
 import shlex
@@ -39,14 +39,15 @@ CLIPS = {"audiocaps": {"train": 49838, "val": 495, "test": 975},
          "clotho": {"train": 3839, "val": 1045, "test": 1045},
          "av": {"train": 10000, "val": 1000, "test": 1000}}
 REFERENCES = {"audiocaps": 1, "clotho": 5, "av": 1}   # of a training clip
-CONDITIONS = 7          # of the retention probe
+CONDITIONS = 7          # of the retention probe; 9 with two branches
 
 
 def training_cost(args):
     """TFLOP of a train.py command at most."""
     clips = CLIPS[args.dataset]
     kind = "additive" if args.fusion == "data_only" else args.fusion  # the same products
-    xe, tree = TERAFLOP["training"][kind, min(args.layers)]
+    counted = TERAFLOP["training"]
+    xe, tree = counted.get((kind, min(args.layers)), counted[kind, 12])
     train_clips = min(args.limit, clips["train"]) or clips["train"]
     captions = train_clips * REFERENCES[args.dataset]
     total = captions * (PROMPT + CAPTION) * min(args.layers) * TERAFLOP["trunk"]
@@ -76,7 +77,7 @@ def evaluation_cost(args, dataset):
             decoded = 2 * (decoded + clips["val"])
         cost = decoded * TERAFLOP["caption"]
     elif args.command == "retention":
-        cost = CONDITIONS * args.limit * TERAFLOP["question"]
+        cost = (CONDITIONS + 2 * ("/both_" in str(args.runs[0]))) * args.limit * TERAFLOP["question"]
     elif args.command == "robustness":
         cost = (1 + len(args.snr) * len(args.noise)) * clips["test"] * greedy()
     elif args.command == "again":

@@ -629,7 +629,7 @@ def parse_args():
 
 def build_world(args, settings):
     """The finished world appears under its name all at once."""
-    if args.out.exists() and any(args.out.iterdir()):
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise data.InputError(f"{args.out}: exists and is no stand-in world; choose another --out")
     if args.llm:
         smollm2.gguf_file()  # a missing package is reported before minutes are spent

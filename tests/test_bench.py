@@ -1,21 +1,28 @@
 """The bench: its table and JSON are well formed, and what must be equal is. No time is asserted."""
+import contextlib
+import io
 import json
 import math
 
+import bench
 import bench7b
 import plan
 import pytest
 import torch
-from conftest import ROOT, python
 from random_llava import RandomBackbone, Step, make_model
+
+import evaluate
+import scst
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    out = tmp_path_factory.mktemp("bench") / "bench.json"
-    printed = python(ROOT / "tests/bench.py", "step", "memory", "scst", "keep", "cider", "--clips", "2", "--items", "30",
-                     "--repeats", "2", "--json", out).stdout
-    return printed, json.loads(out.read_text())
+    out, printed = tmp_path_factory.mktemp("bench") / "bench.json", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(evaluate, "MAX_NEW_TOKENS", evaluate.MAX_NEW_TOKENS)  # which bench.main changes
+        bench.main(["step", "memory", "scst", "keep", "cider", "--clips", "2", "--items", "30", "--repeats", "2",
+                    "--json", str(out)])
+    return printed.getvalue(), json.loads(out.read_text())
 
 
 def test_rows_are_ratios_of_what_is_printed(done):
@@ -43,16 +50,18 @@ def test_fewer_activations_are_kept_than_a_prefix_keeps(done):
     assert len(kept) == 1 and kept[0]["ratio"] <= 0.4
 
 
-def test_a_failed_equality_is_exit_status_1(tmp_path):
-    code = ("import sys; sys.path.insert(0, 'tests'); import bench; "
-            "bench.scst.cider_d = lambda h, r: [0.0] * len(h); bench.main(['cider', '--items', '9', '--repeats', '1'])")
-    failed = python("-c", code, check=False)
-    assert failed.returncode == 1 and "not equal: cider: CIDEr-D" in failed.stdout
+def test_a_failed_equality_is_exit_status_1(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", evaluate.MAX_NEW_TOKENS)
+    monkeypatch.setattr(scst, "cider_d", lambda hypotheses, references: [0.0] * len(hypotheses))
+    with pytest.raises(SystemExit, match="1"):
+        bench.main(["cider", "--items", "9", "--repeats", "1"])
+    assert "not equal: cider: CIDEr-D" in capsys.readouterr().out
 
 
-def test_an_unknown_bench_is_named():
-    wrong = python(ROOT / "tests/bench.py", "speed", check=False)
-    assert wrong.returncode == 2 and "no bench called 'speed'" in wrong.stderr
+def test_an_unknown_bench_is_named(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["speed"])
+    assert "no bench called 'speed'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["additive", "unfreeze"])

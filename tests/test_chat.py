@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import fused
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -89,16 +90,6 @@ def backbone(request, tmp_path_factory):
     return loaded
 
 
-def prompted(backbone, kind, rows=2):
-    """As conftest's, around another backbone."""
-    torch.manual_seed(1)
-    fusion = fusions.build(kind, backbone.decoder, encoder_width=8, layers=[3, 6], tokens=4, hidden=16)
-    if fusion.has_gate:
-        fusion.set_gates(0.3)
-    ids, slots = backbone.prompt(data.SOUND_PROMPT, 4 * (kind == "concat"))
-    return backbone, fusion, torch.tensor([ids] * rows), slots and torch.tensor([slots] * rows)
-
-
 # ---------------------------------------------------------------- chat formats
 
 def test_prompts_and_answers_are_the_templates_to_the_byte(backbone):
@@ -161,11 +152,21 @@ def test_a_checkpoint_that_cannot_be_asked_about_images_is_one_line(backbone, tm
     assert text.startswith(str(broken)) and "chat_template.jinja" in text and "\n" not in text
 
 
+def test_a_checkpoints_settings_for_chats_do_not_reach_decoding(backbone, tmp_path):
+    chatty = tmp_path / "chatty"
+    shutil.copytree(backbone.path, chatty)
+    (chatty / "generation_config.json").write_text(json.dumps(
+        {"do_sample": True, "temperature": 0.3, "top_p": 0.6, "repetition_penalty": 1.5}))
+    questions = [data.SOUND_PROMPT, "Is it a dog, or rain on the roof?"]
+    found = [evaluate.decode(b, [], questions, beams=3, samples=4) for b in (backbone, data.Backbone(chatty, "cpu"))]
+    assert found[0] == found[1]
+
+
 # ---------------------------------------------------------------- identities
 
 @pytest.mark.parametrize("kind", fusions.SYSTEMS)
 def test_closed_absent_split_and_greedy(backbone, kind):
-    _, fusion, ids, slots = prompted(backbone, kind)
+    _, fusion, ids, slots = fused(backbone, kind, 2)
     llava, decoder, frames = backbone.llava, backbone.decoder, torch.randn(2, 5, 8)
 
     def texts(*branches):
@@ -197,7 +198,7 @@ def test_closed_absent_split_and_greedy(backbone, kind):
 @pytest.mark.parametrize("kind", fusions.SYSTEMS)
 def test_samples_of_a_tree_are_samples_behind_their_own_prompt(backbone, kind):
     test = test_train.test_samples_of_a_tree_are_samples_behind_their_own_prompt
-    test(lambda kind, rows: prompted(backbone, kind, rows), kind)
+    test(lambda kind, rows: fused(backbone, kind, rows), kind)
 
 
 def test_answers_about_images(backbone, tmp_path, monkeypatch):
@@ -218,7 +219,7 @@ def test_answers_about_images(backbone, tmp_path, monkeypatch):
             new = backbone.llava.generate(**batch, max_new_tokens=9)[0, -9:].tolist()
         assert result["nll"] == pytest.approx(-evaluate.token_logprobs(logits, answer).mean().item(), rel=1e-4)
     frames = list(torch.randn(3, 5, 8))
-    fusion, concat = (prompted(backbone, kind)[1] for kind in ("additive", "concat"))
+    fusion, concat = (fused(backbone, kind, 2)[1] for kind in ("additive", "concat"))
     assert probe.run([Branch(fusion)]) == untouched
     assert all(probe.run([Branch(opened, frames)]) != untouched for opened in (fusion, concat))
     fusion.set_gates(0.0)

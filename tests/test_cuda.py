@@ -12,6 +12,7 @@ from test_train import flags, log_of
 
 import data
 import evaluate
+import fusion as fusions
 import train
 
 PRETEND = ROOT.parent / "shared/pretend_cuda"
@@ -107,7 +108,7 @@ def slow_encode(encoder, *args, encode=data.AudioEncoder.encode_prepared):
     if train.RANK == 0 and not asleep:
         asleep = True
         time.sleep({SECONDS + 1})
-    (out.parent / "slept").write_text("")
+        (out.parent / "slept").write_text("")
     return encode(encoder, *args)
 
 def kept(clips, captions):
@@ -137,7 +138,7 @@ def test_two_processes_are_one_and_wait_for_features(world, tmp_path, monkeypatc
     train.main([*map(str, flags(world, one, *more))])
     script = tmp_path / "two.py"
     script.write_text(TWO)
-    python("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29612", script, two,
+    python("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", script, two,
            *flags(world, two, *more, "--cache", tmp_path / "cache"),
            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     for a, b in zip(log_of(one, "step"), log_of(two, "step"), strict=True):
@@ -182,11 +183,22 @@ else:
 RESAMPLE = "torchaudio.functional.resample(torch.linspace(-1, 1, 480), 48000, 16000).tolist()"
 
 
-@pytest.mark.parametrize("version, script", [
-    ("12.8", f"import data\nfrom transformers import LlavaForConditionalGeneration\nprint(data.{RESAMPLE})"),
-    ("13.2", f"import fusion\nfusion.demo()\nimport torchaudio\nprint({RESAMPLE})")])
-def test_a_torchaudio_of_another_cuda_version(version, script):
+def test_a_torchaudio_of_another_cuda_version():
     """Its compiled half is for CUDA 13.0, torch's for another version: everything starts, and resampling works."""
-    done = python("-c", OTHER_CUDA + script, version)
+    script = f"import data\nfrom transformers import LlavaForConditionalGeneration\nprint(data.{RESAMPLE})"
+    done = python("-c", OTHER_CUDA + script, "12.8")
     wanted = data.torchaudio.functional.resample(torch.linspace(-1, 1, 480), 48000, 16000)
     assert json.loads(done.stdout.splitlines()[-1]) == wanted.tolist() and len(wanted) == 160
+
+
+def test_fusion_alone_in_an_empty_folder_beside_a_torchaudio_of_another_cuda_version(tmp_path):
+    shutil.copy(ROOT / "fusion.py", tmp_path)
+    out = python("-c", OTHER_CUDA + "import runpy\nrunpy.run_path('fusion.py', run_name='__main__')", "13.2",
+                 cwd=tmp_path).stdout
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.split()[:1] and
+            line.split()[0] in fusions.SYSTEMS}
+    assert rows.keys() == fusions.SYSTEMS.keys()
+    for kind in rows.keys() - {"concat"}:
+        assert rows[kind][2] == "0", out
+    assert all("0 hooks" in " ".join(r) for r in rows.values())
+    assert float(rows["additive"][3]) > 0 and rows["cross_attention"][3] == "0"

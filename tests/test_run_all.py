@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, python
+from conftest import ROOT
 
 SYSTEMS = ["additive", "cross_attention", "concat", "unfreeze", "data_only"]
 
@@ -76,13 +77,14 @@ def test_comparisons_and_export(smoke):
             assert there.read_bytes() == (smoke / f"core/{system}_s0/{name}").read_bytes()
 
 
-def test_the_archived_checkpoint_is_loaded_from_there(smoke, tmp_path):
+def test_the_archived_checkpoint_is_loaded_from_there(smoke, preloaded, tmp_path):
     """The SCST checkpoint that phase 4 archived, captioned where it lies: as where it was trained."""
     place, old = tmp_path / "smoke_additive_s0", smoke / "core/additive_s0/scst"
     shutil.copytree(smoke.parent / "full_training/finetuned" / place.name, place)
     assert {p.name for p in (place / "scst").iterdir()} == {"fusion.json", "fusion.safetensors", "run_card.json",
                                                             "reranker.json"}
-    python(ROOT / "evaluate.py", "caption", place / "scst", "--rerank", cwd=smoke.parent.parent)
+    subprocess.run([preloaded / "bin/python", "evaluate.py", "caption", place / "scst", "--rerank"],
+                   cwd=smoke.parent.parent, check=True)
     for name in ("predictions.json", "first_beam/predictions.json"):
         assert json.loads((place / "scst" / name).read_text()) == json.loads((old / name).read_text())
     cards = [json.loads((folder / "run_card.json").read_text()) for folder in (place / "scst", old)]
@@ -143,17 +145,19 @@ def test_started_again_nothing_is_redone(smoke, preloaded):
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
-def test_a_one_off_command_from_a_dry_run_works(smoke):
+def test_a_one_off_command_from_a_dry_run_works(smoke, preloaded):
     done = subprocess.run(["bash", "run_all.sh"], cwd=smoke.parent.parent, capture_output=True, text=True,
                           env={**os.environ, "SMOKE": "1", "SEEDS": "3", "DRY": "1",
                                "VENV": str(Path(sys.executable).parent.parent)})
     line = next(x for x in done.stdout.splitlines() if "core/data_only_s3" in x and x.startswith("python train.py"))
-    line = line.replace("python ", f"{sys.executable} ", 1).split("#")[0]
+    line = line.replace("python ", f"{preloaded}/bin/python ", 1).split("#")[0]
     subprocess.run(["bash", "-c", line], cwd=smoke.parent.parent, check=True, capture_output=True)
     assert (smoke / "core/data_only_s3/training.json").exists()
 
 
 # ---------------------------------------------------------------- scheduling, with a stub for Python
+
+TWO_GPUS = '#!/bin/sh\necho "GPU 0: NVIDIA H100 (UUID: GPU-1)"\necho "GPU 1: NVIDIA H100 (UUID: GPU-2)"\n'
 
 STUB = r"""#!/usr/bin/env bash
 # stands in for python: fails or sleeps as told, and leaves what the real scripts leave
@@ -162,6 +166,9 @@ out=""; for ((i = 1; i <= $#; i++)); do [ "${!i}" = --out ] && { j=$((i + 1)); o
 case $1 in
 train.py)
     echo "start ${out#exp/} ${CUDA_VISIBLE_DEVICES:-cpu}" >>calls.txt
+    if [[ -n "${STUB_BESIDE:-}" && "$out" == *core/data_only* ]]; then   # until three of those have started
+        for ((n = 0; n < 600; n++)); do [ "$(grep -c "start $STUB_BESIDE" calls.txt)" -ge 3 ] && break; sleep 0.1; done
+    fi
     [[ "$out" == *"${STUB_FAIL:-none}"* ]] && { echo "the reason it failed"; exit 3; }
     mkdir -p "$out"; [[ "$out" == *core/additive* ]] && { sleep 0.3; echo "{}" >"$out/stable.json"; }
     sleep "${STUB_SLEEP:-0.1}" & wait $!
@@ -184,13 +191,15 @@ exit 0
 def stubbed(tmp_path):
     shutil.copy(ROOT / "run_all.sh", tmp_path)
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/python").write_text(STUB.replace("REAL", sys.executable))
-    (tmp_path / "bin/python").chmod(0o755)
+    for name, script in ("python", STUB.replace("REAL", sys.executable)), ("nvidia-smi", TWO_GPUS):
+        (tmp_path / "bin" / name).write_text(script)
+        (tmp_path / "bin" / name).chmod(0o755)
 
     def start(**env):
         return subprocess.Popen(["bash", "run_all.sh"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                 text=True, env={**os.environ, "VENV": str(tmp_path), "SEEDS": "0 1", "EXP": "exp",
-                                                "PHASES": "0 1", "JOBS": "20", **env},
+                                                "PHASES": "0 1", "JOBS": "20",
+                                "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **env},
                                 # what a shell started in the background ignores, no trap can get back
                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     start.folder = tmp_path
@@ -202,22 +211,24 @@ def calls(folder):
 
 
 def test_all_jobs_run_once(stubbed):
-    process = stubbed(JOBS="3")
-    assert process.wait(60) == 0
+    """Each behind LAUNCH."""
+    (stubbed.folder / "launch.sh").write_text('#!/usr/bin/env bash\necho launched >>launches.txt\nexec "$@"\n')
+    assert stubbed(JOBS="3", LAUNCH="bash launch.sh").wait(60) == 0
     started = [c.split()[1] for c in calls(stubbed.folder) if c.startswith("start")]
     core = [f"core/{s}_s{k}" for s in SYSTEMS for k in (0, 1)]
     clotho = [f"clotho/{s}_s{k}" for s in ("additive", "additive_init", "cross_attention") for k in (0, 1)]
     assert sorted(started) == sorted(["sanity/overfit", *core, *clotho])
+    assert len((stubbed.folder / "launches.txt").read_text().splitlines()) > len(started)  # evaluations too
 
 
 def test_sweeps_start_beside_phase_1_and_go_on_from_what_won(stubbed):
     """Layers once additive is stable, while others still train; the grid on the best layers, the losses on the best."""
-    assert stubbed(PHASES="1 2", JOBS="20", STUB_SLEEP="1.5", SEEDS="0").wait(60) == 0
+    assert stubbed(PHASES="1 2", STUB_BESIDE="ablation", SEEDS="0").wait(60) == 0
     lines = [c.split() for c in calls(stubbed.folder)]
     order = {(what, name): k for k, (what, name, *_) in enumerate(lines)}
     layers = [f"ablation/additive_l{l}_n16_h512_c0.1_s0" for l in ("3", "6", "3-6")]
     for name in layers:
-        assert order["start", name] < order["end", "core/additive_s0"]
+        assert order["start", name] < order["end", "core/data_only_s0"]
     grid = [f"ablation/additive_l6_n{n}_h{h}_c0.1_s0" for n in (8, 16) for h in (512, 768)]
     losses = [f"ablation/{s}_l6_n8_h768_c{c}_s0" for s, c in (("additive", 0), ("cross_attention", 0.1),
                                                            ("cross_attention", 0))]
@@ -271,23 +282,6 @@ def test_a_study_without_videos(stubbed):
     assert "retention/additive_keep_s0" in names and not [n for n in names if "video" in n]
 
 
-def test_gpus_are_a_free_list(stubbed):
-    process = stubbed(GPUS="0 0 1", STUB_SLEEP="0.5")
-    assert process.wait(60) == 0
-    busy, most = [], []
-    for call in calls(stubbed.folder):
-        what, name, *gpu = call.split()
-        if what == "start":
-            busy.append((name, gpu[0]))
-        else:
-            busy = [b for b in busy if b[0] != name]
-        most.append([sum(g == k for _, g in busy) for k in ("0", "1")])
-    assert max(m[0] for m in most) == 2 and max(m[1] for m in most) == 1
-
-
-TWO_GPUS = '#!/bin/sh\necho "GPU 0: NVIDIA H100 (UUID: GPU-1)"\necho "GPU 1: NVIDIA H100 (UUID: GPU-2)"\n'
-
-
 @pytest.mark.parametrize("env, starts", [
     ({}, {"0", "1"}), ({"NPROC": "2"}, {"0,1"}), ({"GPUS": "cpu"}, {""}), ({"GPUS": "1"}, {"1"}),
     ({"GPUS": "0,1 2,3", "NPROC": "2"}, {"0,1", "2,3"}), ({"CUDA_VISIBLE_DEVICES": "5,7"}, {"5", "7"}),
@@ -295,10 +289,7 @@ TWO_GPUS = '#!/bin/sh\necho "GPU 0: NVIDIA H100 (UUID: GPU-1)"\necho "GPU 1: NVI
 def test_a_dry_run_shows_the_gpus_of_every_job(stubbed, monkeypatch, env, starts):
     """A job a GPU of the machine, unless GPUS, a scheduler or a launcher says otherwise; None: nothing is set."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    script = stubbed.folder / "bin/nvidia-smi"
-    script.write_text(TWO_GPUS)
-    script.chmod(0o755)
-    out = stubbed(DRY="1", PATH=f"{script.parent}:{os.environ['PATH']}", **env).communicate(timeout=60)[0]
+    out = stubbed(DRY="1", **env).communicate(timeout=60)[0]
     jobs = [line for line in out.splitlines() if "train.py" in line]
     assert len(jobs) == 17
     if starts is None:
@@ -308,28 +299,32 @@ def test_a_dry_run_shows_the_gpus_of_every_job(stubbed, monkeypatch, env, starts
     assert all(("--standalone --nproc-per-node=2" in line) is (env.get("NPROC") == "2") for line in jobs)
 
 
-def test_detected_gpus_get_a_job_each(stubbed, monkeypatch):
+@pytest.mark.parametrize("env, slots", [({"GPUS": "0 0 1"}, {"0": 2, "1": 1}), ({}, {"0": 1, "1": 1})])
+def test_gpus_are_a_free_list(stubbed, monkeypatch, env, slots):
+    """Those that are given, or the machine's."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    (stubbed.folder / "bin/nvidia-smi").write_text(TWO_GPUS)
-    (stubbed.folder / "bin/nvidia-smi").chmod(0o755)
-    process = stubbed(PATH=f"{stubbed.folder / 'bin'}:{os.environ['PATH']}", STUB_SLEEP="0.3", JOBS="8", SEEDS="0")
-    assert process.wait(60) == 0
-    busy = []
+    assert stubbed(STUB_SLEEP="0.5", SEEDS="0", **env).wait(60) == 0
+    busy, most = {}, Counter()
     for call in calls(stubbed.folder):
         what, name, *gpu = call.split()
-        busy = [b for b in busy if b[0] != name] + ([(name, gpu[0])] if what == "start" else [])
-        assert len({gpu for _, gpu in busy}) == len(busy) <= 2
+        if what == "start":
+            busy[name] = gpu[0]
+        else:
+            del busy[name]
+        most |= Counter(busy.values())
+    assert most == slots
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_stopping_ends_every_descendant(stubbed, how):
-    process = stubbed(STUB_SLEEP="987")
+    seconds = f"987.{os.getpid()}"
+    process = stubbed(STUB_SLEEP=seconds)
     deadline = time.time() + 120
     while not calls(stubbed.folder) and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(how)
     assert process.wait(20) == 130
-    left = subprocess.run(["pgrep", "-f", "sleep 987"], capture_output=True, text=True).stdout
+    left = subprocess.run(["pgrep", "-f", f"sleep {seconds}"], capture_output=True, text=True).stdout
     assert left == ""
 
 
@@ -345,12 +340,6 @@ def test_a_second_script_is_refused_and_a_stale_lock_is_not(stubbed):
     subprocess.run(["pkill", "-KILL", "-f", str(stubbed.folder)])
     third = stubbed()
     assert third.wait(60) == 0
-
-
-def test_launch_goes_before_every_job(stubbed):
-    (stubbed.folder / "launch.sh").write_text('#!/usr/bin/env bash\necho launched >>launches.txt\nexec "$@"\n')
-    assert stubbed(LAUNCH="bash launch.sh").wait(60) == 0
-    assert len((stubbed.folder / "launches.txt").read_text().splitlines()) >= 11
 
 
 @pytest.mark.parametrize("env, message", [

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import scst
+from data import InputError
 
 CAPTIONS = st.lists(st.sampled_from("a dog cat barks meows loudly twice then".split()), max_size=9).map(" ".join)
 
@@ -172,7 +173,8 @@ def test_alone_in_an_empty_folder_the_reward_rises(tmp_path):
     assert rewards[-1] > 3 * rewards[0] and out[-1].endswith("a dog barks twice | a cat meows twice")
 
 
-def test_a_world_that_was_built_otherwise_is_refused(world):
-    done = python(ROOT / "tests/standin.py", "--out", world, "--smoke", "--even", check=False)
-    assert done.returncode == 2 and done.stderr.strip().endswith(
-        f"error: {world}: was built with another --even; remove it or choose another --out")
+def test_a_world_that_was_built_otherwise_is_refused(world, monkeypatch):
+    import standin
+    monkeypatch.setattr("sys.argv", ["standin.py", "--out", str(world), "--smoke", "--even"])
+    with pytest.raises(InputError, match="was built with another --even; remove it or choose another --out"):
+        standin.main()
