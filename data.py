@@ -639,7 +639,8 @@ def _pretrained(path, model_class, processor_class, dtype=torch.float32):
         processor = processor_class.from_pretrained(path, local_files_only=local)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{path}: cannot be loaded as {model_class.__name__} ({reason})") from None
+        raise InputError(f"{path}: cannot be loaded as {model_class.__name__} ({reason}); give a "
+                         "checkpoint's folder or a hub name") from None
     lacking = sorted(report["missing_keys"])
     if lacking:  # transformers would draw them at random and go on
         raise InputError(f"{path}: no {model_class.__name__}; {len(lacking)} weights lack: {lacking[0]}")
