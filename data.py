@@ -669,7 +669,8 @@ class AudioEncoder:
         from transformers import ClapModel, ClapProcessor  # here, because it is slow to import
         self.path, self.device = str(path), device
         self.model, processor, settings = _pretrained(path, ClapModel, ClapProcessor)
-        self.hash = _hash_model(settings, self.model.to(device))
+        self.hash = _hash_model(settings, self.model)
+        self.model.to(device)
         self.tokenizer, self.extractor = processor.tokenizer, processor.feature_extractor
         self.rate, self.size = self.extractor.sampling_rate, int(self.extractor.nb_max_samples)
         self.width = self.model.config.audio_config.hidden_size
@@ -739,7 +740,8 @@ class VideoEncoder:
         from transformers import AutoImageProcessor, TimesformerModel
         self.path, self.device = str(path), device
         self.model, self.processor, settings = _pretrained(path, TimesformerModel, AutoImageProcessor)
-        self.hash = _hash_model(settings, self.model.to(device))
+        self.hash = _hash_model(settings, self.model)
+        self.model.to(device)
         self.frames, self.width = self.model.config.num_frames, self.model.config.hidden_size
         self.embed_dim = self.width
 

@@ -96,9 +96,7 @@ def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0):
     """
     def policy(ids, logits):
         logits = logits / temperature
-        if sampling:
-            return nucleus(logits, top_p)
-        return logits if temperature == 1 else logits.log_softmax(-1)  # beams add log-probabilities
+        return nucleus(logits, top_p) if sampling else logits.log_softmax(-1)  # beams add these
 
     from transformers import DynamicCache, GenerationConfig
     cache = DynamicCache(config=backbone.decoder.config)
@@ -110,7 +108,8 @@ def generate(backbone, prompt, k, sampling, temperature=1.0, top_p=1.0):
         eos_token_id=backbone.eos, pad_token_id=backbone.pad)
     return backbone.llava.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config,
-        logits_processor=[policy], past_key_values=cache)
+        logits_processor=[policy] if sampling or temperature != 1 else [],
+        past_key_values=cache)
 
 
 def nucleus(logits, p):
@@ -1043,7 +1042,8 @@ def again(run, args):
     for name, frames in ("clean", None), ("distracted", own.take(pick)):
         branches = [*inputs.branches([older.fusion]), Branch(run.fusion, frames)]
         candidates = decode(run.backbone, branches, inputs.prompts, beams=beams,
-                            temperature=older.temperature, batch_size=args.batch_size, progress=f"{run.folder.name}: {name}")
+                            temperature=older.temperature, batch_size=args.batch_size,
+                            progress=f"{run.folder.name}: {name}")
         captions = [clip[0] for clip in candidates]
         items[name] = make_items(inputs.split.clips, captions, candidates)
         same[name] = [a["prediction"] == b["prediction"]

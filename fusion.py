@@ -297,7 +297,7 @@ class Additive(Fusion):
         key, value = prepared
         query = F.rms_norm(h.to(key.dtype), h.shape[-1:])
         query = split_heads(query, self.spec.heads)                      # (B, H, T, D/H)
-        read = attend(query, key, value, self.null.get(str(layer)))           # (B, T, D)
+        read = attend(query, key, value, self.null.get(str(layer)))      # (B, T, D)
         h = h.float()  # bfloat16 would move alpha in steps; the hook rounds once
         return h + self.gate[str(layer)] * READ_SCALE * scale(h) * read.float()
 
@@ -376,6 +376,7 @@ class Concat(Fusion):
     Layer 0 is the usual prefix, as LLaVA has it for images (Liu et al. 2023), and SLAM-AAC or
     Pengi for audio. `size` lets the tokens find the scale of the hidden states around them.
     """
+
     def __init__(self, spec, decoder):
         super().__init__(spec, decoder)
         rank = 3 * spec.rank // 2  # 2 * D * rank here = 3 * D * R in additive
