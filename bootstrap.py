@@ -7,8 +7,8 @@
 
 Copy this file alone: it needs numpy. RUN is a run's folder, its predictions.json or a scores.json: a list of
 {"id", "references": [...], "scores": {metric: number}, "stats": {"meteor": [23 numbers], "bleu": [10 numbers]}}.
-CIDEr-D, SPICE, SPIDEr, ROUGE-L and the lite scores are means over items. METEOR and BLEU are ratios of sums, so
-their `stats` are summed over each resample and scored again.
+METEOR and BLEU are ratios of sums, so their `stats` are summed over each resample and scored again. Every other
+number among the scores, of whatever name, is a metric that is a mean over items.
 
 In shape comments: n items, R runs (those of A, then those of B), K statistics of an item, C columns, M metrics.
 """
@@ -17,13 +17,14 @@ import json
 import os
 import re
 import sys
-from collections import Counter
+from itertools import chain
 from statistics import NormalDist
 
 import numpy as np
 
-METRICS = ("spider", "spider_lite", "cider_d", "meteor", "spice", "spice_lite", "rouge_l",
-           "bleu_1", "bleu_2", "bleu_3", "bleu_4")  # in the order of the tables
+# in the order of the tables; any others follow
+METRICS = ("spider", "spider_lite", "cider_d", "spider_fl", "fense", "meteor", "spice", "spice_lite", "rouge_l",
+           "sbert_sim", "fer", "bleu_1", "bleu_2", "bleu_3", "bleu_4")
 WIDTHS = {"meteor": 23, "bleu": 10}  # sufficient statistics of an item
 
 
@@ -128,29 +129,53 @@ def match(runs, names):
 
     Raises InputError for duplicates, no shared id, and references that differ.
     """
-    tables = [{str(item["id"]): item for item in items} for items in runs]
-    for table, items, name in zip(tables, runs, names):
-        if len(table) < len(items):
-            (twice, _), = Counter(str(item["id"]) for item in items).most_common(1)
-            raise InputError(f"id {twice!r} occurs more than once in {name}: keep one prediction for each clip")
+    tables = [_by_id(items, name) for items, name in zip(runs, names)]
     shared = sorted(set.intersection(*map(set, tables)))
     if not shared:
         raise InputError(f"no id is in all of {', '.join(names)}: compare runs of the same test set")
+    # a comparison is fair only against the same references, in whatever order
     for key in shared:
-        references = [sorted(map(str, table[key]["references"])) for table in tables]
-        for name, other in zip(names, references):
-            if other != references[0]:
+        wanted = sorted(map(str, tables[0][key]["references"]))
+        for table, name in zip(tables, names):
+            if sorted(map(str, table[key]["references"])) != wanted:
                 raise InputError(f"the references of id {key!r} differ between {names[0]} and {name}: "
                                  "score both against the same references")
-    return [[table[key] for key in shared] for table in tables]
+    return [list(map(table.get, shared)) for table in tables]
+
+
+def _by_id(items, name):
+    table = {}
+    for item in items:
+        key = str(item["id"])
+        if key in table:
+            raise InputError(f"id {key!r} occurs more than once in {name}: keep one prediction for each clip")
+        table[key] = item
+    return table
+
+
+def known(runs, which):
+    """Metrics that `any` or `all` of these runs have: METRICS in its order, then every other number among the scores."""
+    names = list(METRICS)
+    for item in chain(*runs):
+        # null stands for a metric that was not computed; true and false are no scores
+        names += [name for name, score in item["scores"].items() if type(score) in (int, float)]
+    found = []
+    for metric in dict.fromkeys(names):
+        if which(_has(items, metric) for items in runs):
+            found.append(metric)
+    return found
 
 
 def choose(runs, metrics=None):
     """These metrics, or by default every metric that each run has for some item."""
-    if not metrics:
-        metrics = [metric for metric in METRICS if all(_has(items, metric) for items in runs)]
+    metrics = metrics or known(runs, all)
     if not metrics:
         raise InputError("no metric has scores in every run: score them all with evaluate.py score")
+    there = known(runs, any)
+    for metric in metrics:
+        if metric not in there:
+            raise InputError(f"{metric}: scores.{metric} is null or absent in every item: give --metrics of "
+                             f"{', '.join(there)}, or score with evaluate.py")
     return list(dict.fromkeys(metrics))
 
 
@@ -169,9 +194,11 @@ def collect(runs, metrics, names):
     """{source: (n, R, K)}: what each metric sums over items before it is scored. Raises InputError."""
     arrays = {}
     for metric in metrics:
-        rows = [_row(item, metric, name) for items, name in zip(runs, names) for item in items]
-        array = np.array(rows, dtype=float).reshape(len(runs), len(runs[0]), -1)
-        arrays[_source(metric)] = array.swapaxes(0, 1)
+        columns = []
+        for items, name in zip(runs, names):
+            columns.append([_row(item, metric, name) for item in items])
+        # the four BLEUs share their statistics
+        arrays[_source(metric)] = np.array(columns, dtype=float).swapaxes(0, 1)
     if "meteor" in arrays:
         arrays["meteor"] = without_single_chunks(arrays["meteor"])
     return arrays
@@ -225,28 +252,35 @@ def paired_test(arrays, metrics, runs_a=1, resamples=10_000, seed=0):
     n, runs, _ = next(iter(arrays.values())).shape
     if n < 2:
         raise InputError("only 1 item is shared: there is nothing to resample, score at least 2")
+    # the scores themselves, without each item in turn, of resamples, and with sides swapped
     point, without, boot, swapped = _resample(arrays, metrics, runs_a, resamples, seed)
     a, b = point[:, :runs_a].mean(1), point[:, runs_a:].mean(1)  # (M,)
     results = {}
     for m, metric in enumerate(metrics):
         d, star = a[m] - b[m], boot[:, m]
-        tie = 1e-12 * max(1, abs(a[m]), abs(b[m]))  # sums in another order differ in the last bits
+        # sums in another order differ in the last bits: what is closer than this counts as equal
+        tie = 1e-12 * max(1, abs(a[m]), abs(b[m]))
+        # the acceleration of BCa: from leaving out each item, and with several seeds each seed
         jackknives = [without[:, m]]
         for side in (point[m, :runs_a], point[m, runs_a:]):
             if len(side) > 1:
                 jackknives.append((side.sum() - side) / (len(side) - 1))
+        # None where all differences are the same: their deviation is rounding error
         deviation = (n * d - (n - 1) * without[:, m]).std(ddof=1)
         effect = 0.0 if abs(d) <= tie else None
         if deviation > n * tie:
             effect = float(d / deviation)
-        nulls = star - d, swapped[:, m]
-        p = [float((1 + np.sum(np.abs(null) >= abs(d) - tie)) / (resamples + 1)) for null in nulls]
+        p = []
+        for null in (star - d, swapped[:, m]):
+            extreme = np.sum(np.abs(null) >= abs(d) - tie)
+            p.append(float((1 + extreme) / (resamples + 1)))  # never 0: the data are one of the resamples
         results[metric] = {
             "a": float(a[m]), "b": float(b[m]), "difference": float(d),
             "ci95": np.quantile(star, [.025, .975]).tolist(),
             "bca95": np.quantile(star, _bca_levels(star, d, tie, jackknives)).tolist(),
             "p": p[0], "p_holm": None, "p_randomisation": p[1] if runs == 2 else None,
             "effect_size": effect, "sd": float(star.std(ddof=1))}
+    # several metrics are several chances to be lucky
     for metric, p in zip(metrics, holm([results[metric]["p"] for metric in metrics])):
         results[metric]["p_holm"] = float(p)
     return results
@@ -255,23 +289,31 @@ def paired_test(arrays, metrics, runs_a=1, resamples=10_000, seed=0):
 def _resample(arrays, metrics, runs_a, resamples, seed):
     """Scores (M, R), jackknife (n, M), differences of resamples and of swaps, each (resamples, M)."""
     n, runs, _ = next(iter(arrays.values())).shape
-    flat = np.concatenate([array.reshape(n, -1) for array in arrays.values()], 1)  # (n, C)
-    swap = np.concatenate([(array[:, ::-1] - array).reshape(n, -1) for array in arrays.values()], 1)
+    # all statistics side by side, and what they gain where A and B change places: (n, C)
+    flat, swap = [], []
+    for array in arrays.values():
+        flat.append(array.reshape(n, -1))
+        swap.append((array[:, ::-1] - array).reshape(n, -1))
+    flat, swap = np.concatenate(flat, 1), np.concatenate(swap, 1)
     total = flat.sum(0, keepdims=True)
     sizes = runs_a, runs - runs_a
     sides = np.repeat([1 / sizes[0], -1 / sizes[1]], sizes)  # (R,): d = scores @ sides
-    items, seeds, coins = (np.random.default_rng([seed, stream]) for stream in range(3))
+    # a stream each, so that items are drawn alike whether seeds are drawn or not
+    items, seeds, coins = map(np.random.default_rng, ([seed, 0], [seed, 1], [seed, 2]))
     boot = np.empty((resamples, len(metrics)))
     swapped = np.zeros_like(boot)
-    rows = max(32, 2 ** 16 // n)  # limits memory, and keeps the counts near the processor
-    np.empty(2 ** 21)  # freed at once: from then on glibc reuses blocks below 16 MB, which is twice as fast
+    # so many resamples at once: limits memory, and keeps the counts near the processor
+    rows = max(32, 2 ** 16 // n)
     for start in range(0, resamples, rows):
         size = min(rows, resamples - start)
         part = slice(start, start + size)
-        drawn = [_counts(seeds, s, max(1, s - 1), size) / max(1, s - 1) for s in sizes]
-        drawn = np.concatenate([drawn[0], -drawn[1]], 1)  # (rows, R)
+        # which seeds of each side, as weights of their scores: (rows, R)
+        drawn_a, drawn_b = (_counts(seeds, s, max(1, s - 1), size) / max(1, s - 1) for s in sizes)
+        drawn = np.concatenate([drawn_a, -drawn_b], 1)
+        # which items, as counts: one product sums the statistics of all runs and metrics
         scores = _scores(_counts(items, n, n, size) @ flat, arrays, metrics)
         boot[part] = np.einsum("bmr,br->bm", scores, drawn)
+        # heads: an item's A and B change places, for every metric at once
         if runs == 2:
             heads = coins.integers(0, 2, (size, n), dtype=bool).astype(float)
             swapped[part] = _scores(total + heads @ swap, arrays, metrics) @ sides
@@ -300,6 +342,7 @@ def _counts(rng, n, draws, size):
 def _bca_levels(star, d, tie, jackknives):
     """The two quantile levels of a 95% BCa interval (Efron, 1987); several samples as in Davison and Hinkley, 1997."""
     normal, cube, square = NormalDist(), 0, 0
+    # bias: how far d is from the middle of the resamples; half of the ties lie below
     below = (np.mean(star < d - tie) + np.mean(star <= d + tie)) / 2
     z0 = normal.inv_cdf(float(np.clip(below, .5 / len(star), 1 - .5 / len(star))))
     for jackknife in jackknives:
@@ -317,17 +360,21 @@ def compare(a_items, b_items, metrics=None, resamples=10_000, seed=0, names=None
     metrics: by default all that every run has; `left_out` lists those that only some runs have.
     names: of the runs in errors, A's before B's. Raises InputError.
     """
-    a_runs, b_runs = (items if isinstance(items[0], list) else [items] for items in (a_items, b_items))
+    a_runs = a_items if isinstance(a_items[0], list) else [a_items]
+    b_runs = b_items if isinstance(b_items[0], list) else [b_items]
     if names is None:
         names = ["A"] * len(a_runs) + ["B"] * len(b_runs)
     matched = match(a_runs + b_runs, names)
     chosen, left_out = choose(matched, metrics), []
     if not metrics:
-        left_out = [m for m in METRICS if m not in chosen and any(_has(items, m) for items in matched)]
+        left_out = [metric for metric in known(matched, any) if metric not in chosen]
+        # a stand-in is not tested beside what it stands in for
         chosen = [m for m in chosen if not (m.endswith("_lite") and m.removesuffix("_lite") in chosen)]
     results = paired_test(collect(matched, chosen, names), chosen, len(a_runs), resamples, seed)
-    ids = [{str(item["id"]) for items in runs for item in items} for runs in (a_runs, b_runs)]
-    dropped = {"a": len(ids[0]) - len(matched[0]), "b": len(ids[1]) - len(matched[0])}
+    dropped = {}
+    for side, runs in (("a", a_runs), ("b", b_runs)):
+        ids = {str(item["id"]) for item in chain(*runs)}
+        dropped[side] = len(ids) - len(matched[0])
     return {"n": len(matched[0]), "dropped": dropped, "resamples": resamples, "seed": seed,
             "runs": {"a": names[:len(a_runs)], "b": names[len(a_runs):]}, "left_out": left_out, "metrics": results}
 
@@ -368,8 +415,8 @@ def parse_args(argv):
     seeds = commands.add_parser("seeds", help="mean and standard deviation over the seeds of one system")
     seeds.add_argument("runs", nargs="+", metavar="RUN", help="one run for each seed")
     for command in (sub, seeds):
-        command.add_argument("--metrics", nargs="+", metavar="METRIC", choices=METRICS,
-                             help=f"of {' '.join(METRICS)} (default: all that every run has)")
+        command.add_argument("--metrics", nargs="+", metavar="METRIC",
+                             help=f"{' '.join(METRICS)} or another one in the files (default: all that every run has)")
         command.add_argument("--json", metavar="FILE", help="write the numbers there as well")
     args = parser.parse_args(argv)
 
@@ -410,6 +457,7 @@ def report_comparison(result):
     for metric, r in result["metrics"].items():
         scores = [f"{r['a']:.4f}", f"{r['b']:.4f}", f"{r['difference']:+.4f}"]
         intervals = ["[{:+.4f}, {:+.4f}]".format(*r[key]) for key in ("ci95", "bca95")]
+        # "-" where several seeds leave no randomisation test
         ps = ["-" if r[key] is None else f"{r[key]:.2g}" for key in ("p", "p_holm", "p_randomisation")]
         effect = "-" if r["effect_size"] is None else f"{r['effect_size']:+.3f}"
         rows.append([metric, *scores, *intervals, *ps, effect])
@@ -428,27 +476,37 @@ def report_seeds(result):
 
 
 def main(argv=None):
+    """Exit status: 2, and one line, for a person's mistake and for a full disk."""
     try:
-        args = parse_args(argv)
-        if args.command == "compare":
-            result = compare([load(path) for path in args.a], [load(path) for path in args.b], args.metrics,
-                             args.resamples, args.seed, args.a + args.b)
-        else:
-            result = aggregate([load(path) for path in args.runs], args.metrics, args.runs)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.json:
-        with open(args.json + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1, allow_nan=False)
-        os.replace(args.json + ".tmp", args.json)
-    try:
-        (report_comparison if args.command == "compare" else report_seeds)(result)
-        sys.stdout.flush()
+        try:
+            work(argv)
+        finally:
+            sys.stdout.flush()  # what argparse printed may not have left yet either
     except BrokenPipeError:  # as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, InputError):  # what could not be written is not tried again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
     return 0
 
 
+def work(argv):
+    args = parse_args(argv)
+    if args.command == "compare":
+        a, b = list(map(load, args.a)), list(map(load, args.b))
+        result = compare(a, b, args.metrics, args.resamples, args.seed, args.a + args.b)
+    else:
+        result = aggregate(list(map(load, args.runs)), args.metrics, args.runs)
+    if args.json:
+        # JSON first: it is what a pipeline waits for
+        with open(args.json + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1, allow_nan=False)
+        os.replace(args.json + ".tmp", args.json)
+    (report_comparison if args.command == "compare" else report_seeds)(result)
+
+
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a console may not have every letter of a path
     sys.exit(main())

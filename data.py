@@ -1,6 +1,7 @@
 """Datasets in their usual layouts, decoding of sound, video and images, and the cache of encoder features.
 
     python -c "import data; print(data.read_split('audiocaps', 'tiny/data/audiocaps', 'test').clips[0])"
+    python data.py unpack FOLDER_FROM_THE_HUB data/audiocaps
     python -c "import data; print(data.decode_audio('tiny/data/av/videos/test_0000.mp4', 16000).shape)"
 
 A person's mistake raises InputError: one line with the file, its line and what to do. Nothing is unpickled,
@@ -18,10 +19,12 @@ except (OSError, RuntimeError):
     import torchaudio
 
 import argparse
+import ast
+import bisect
 import collections
 import contextlib
 import csv
-import difflib
+import errno
 import fcntl
 import filecmp
 import functools
@@ -31,7 +34,10 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
+import shutil
+import sys
 import tempfile
 import unicodedata
 import urllib.parse
@@ -45,6 +51,7 @@ import av
 import av.sidedata.sidedata
 import jinja2
 import numpy as np
+import scipy.io.wavfile
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -60,8 +67,10 @@ DCASE = {"test": "DCASE", "analysis": "DCASE"}  # with Clotho these hold other r
 UNSAFE = r"""[<>:"/\\|?*'‘’“”\u29f8\uf000-\uf0ff\x00-\x1f]"""  # what file systems and unpackers replace
 CHUNK = 16  # clips that an encoder takes at once
 THREADS = min(16, os.cpu_count())  # more would wait for Python's lock, held for a fifth of decoding or more
-KEPT = 1000  # answers to keep: of questions, and as many captions
-CACHE_FORMAT = {"audio": 1, "video": 2}  # raise it when decoding, windows or pooling change
+KEPT_QUESTIONS = 1000  # of train.py's --keep-qa
+MAX_CHARACTERS = 20_000  # of a question or an answer
+IMAGE = "<image>"  # the image's place in the files of LLaVA-Instruct
+CACHE_FORMAT = {"audio": 1, "video": 2, "clap": 1}  # raise it when decoding, windows or pooling change
 
 
 class InputError(ValueError):
@@ -91,6 +100,69 @@ def write_text(path, text):
 def write_json(path, obj):
     """Write JSON atomically. Raises InputError as write_text does, and ValueError for NaN or infinity."""
     write_text(path, json.dumps(obj, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path, hint=""):
+    """What a .json or .jsonl file holds. Raises InputError, which ends in the hint."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            # not splitlines(), which also ends a line inside a text, at U+2028
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        return json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}){hint}") from None
+
+
+def print_escaped(text):
+    """Print a line that may hold any file's name; what the console cannot show is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+# a note on a file, which may be met several times
+print_once = functools.lru_cache(maxsize=None)(print_escaped)
+
+
+# ---------------------------------------------------------------- scripts
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES)
+
+
+def guarded(main, *mistakes):
+    """Run a script's main: a person's mistake is one line and exit status 2, Ctrl-C is 130.
+
+    mistakes: further classes of exceptions, beside InputError, that are a person's."""
+    try:
+        # a console that cannot show a name shows its escapes
+        sys.stdout.reconfigure(errors="backslashreplace")
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `| head` has ended: exit status as by SIGPIPE, and no second error when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (InputError, *mistakes) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (OSError, SafetensorError) as error:
+        # safetensors has the reason in its text alone
+        if not any(os.strerror(number) in str(error) for number in UNWRITABLE):
+            raise
+        print(f"error: {error}; what was saved before is whole, start the same command again when "
+              "there is room and permission", file=sys.stderr)
+        # a full disk behind standard output would be a second error when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def versions():
+    import transformers
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "numpy": np.__version__}
 
 
 # ---------------------------------------------------------------- data sets
@@ -128,8 +200,9 @@ class Question:
 def read_split(dataset, root, split):
     """Read "train", "val" or "test" of "audiocaps", "clotho" or "av" in the folder `root` and those below.
 
-    Clips without a file are listed in `missing`. Raises InputError for an error in the table, for a clip that
-    could be either of two files, and when no clip has a file."""
+    A folder of tables alone, as aac-datasets' csv_files_v2, has its sounds beside it. Clips without a file are
+    listed in `missing`. Raises InputError for an error in the table, for a clip that could be either of two
+    files, and when no clip has a file."""
     if dataset not in READERS or split not in CLOTHO:
         *others, last = READERS
         raise InputError(f"{dataset} {split}: choose {', '.join(others)} or {last} and train, val or test")
@@ -137,7 +210,8 @@ def read_split(dataset, root, split):
     table = root / (f"clotho_captions_{CLOTHO[split]}.csv" if dataset == "clotho" else f"{split}.csv")
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the one that holds {table.name}")
-    files = _walk(root, FOLDERS | DCASE if dataset == "clotho" else FOLDERS)
+    words = FOLDERS | DCASE if dataset == "clotho" else FOLDERS
+    files = _walk(root, words)
     tables = [path for path in files if path.name.lower() == table.name]
     if not tables:
         raise InputError(f"{table}: cannot be read (it is not there or in a folder below); is this {dataset}?")
@@ -145,20 +219,27 @@ def read_split(dataset, root, split):
         table, *others = tables
         for other in others:
             if not filecmp.cmp(table, other, shallow=False):
-                raise InputError(f"{root}: holds two tables, {table} and {other}; give a folder with one of "
-                                 "them, or move one away")
-    clips = READERS[dataset](table, files, split)
+                raise InputError(f"{root}: holds two tables, {table} and {other}; give the folder of one of "
+                                 "them (--data FOLDER/csv_files_v2 finds the sounds beside it), or move one away")
+    folder = Path(os.path.abspath(root))
+    # only beside a folder with such a name: any other may lie in a home with everything else
+    if "csv" in folder.name.lower() and not any(map(_is_media, files)):
+        root = folder.parent
+        files |= _walk(root, words)
+    clips, wanted = READERS[dataset](table, files, split)
     missing = [clip.id for clip in clips if not clip.path]
+    # fewer are what YouTube has lost; more are a folder that is not as expected
     if 10 * len(missing) > len(clips):
-        media = [path for path in files if _stem(path.name)[1]]
-        unused = {path.name for path in set(media) - {clip.path for clip in clips}}
-        names = sorted(unused or {path.name for path in media[:1000]})
-        nearest = ", ".join(map(ascii, difflib.get_close_matches(missing[0], names, 3, 0))) or "none"
+        unused = set(files) - {clip.path for clip in clips}
+        names = sorted({path.name for path in unused if _is_media(path)})
+        # names that begin alike are neighbours in the alphabet
+        first = max(0, min(bisect.bisect(names, missing[0]) - 1, len(names) - 3))
+        there = ", ".join(map(repr, names[first:first + 3])) or "no further sounds or videos"
+        hint = f"looked for {', '.join(map(repr, wanted[missing[0]]))}; there: {there}"
         if len(missing) == len(clips):
             raise InputError(f"{table}: none of its {len(clips)} clips, such as {missing[0]}, has a file in "
-                             f"{root} or a folder below; nearest names there: {nearest}")
-        print(f"{table}: {len(missing)} of {len(clips)} clips, such as {missing[0]}, have no file; "
-              f"nearest names there: {nearest}")
+                             f"{root} or a folder below; {hint}")
+        print_once(f"{table}: {len(missing)} of {len(clips)} clips, such as {missing[0]}, have no file; {hint}")
     return Split(split, [clip for clip in clips if clip.path], missing)
 
 
@@ -176,7 +257,8 @@ def _walk(root, words):
             continue
         for name in sorted(os.listdir(folder)):
             path = folder / name
-            if os.path.isfile(path) and not name.startswith("._"):  # macOS keeps notes in such files
+            # macOS keeps notes in files that begin with ._
+            if os.path.isfile(path) and not name.startswith("._"):
                 files[path] = split
             elif os.path.isdir(path) and name[0] != "." and name not in ("__MACOSX", "@eaDir"):
                 splits = {words[word] for word in re.findall("[a-z]+", name.lower()) if word in words}
@@ -184,123 +266,166 @@ def _walk(root, words):
     return files
 
 
-def _match(table, wanted, files, rank):
-    """{name: path} from {name: [keys, strictest first]} and {path: keys}.
+def _is_media(path):
+    return bool(_stem(path.name)[1])
 
-    A file goes to the name that wants it with the strictest keys; if two names do, to neither. A name takes its
-    file of lowest rank(name, path). Raises InputError if another one has that rank and other bytes."""
+
+def _match(table, wanted, files, rank):
+    """{name: path} from {name: [key, best first]} and {path: [key]}: the first key that is there wins.
+
+    A file that two names want with their n-th keys is neither's. Of several files for one key a name takes that
+    of lowest rank(path). Raises InputError if another one has that rank and other bytes."""
     index, matches, taken = {}, {}, set()
     for path, keys in files.items():
         for key in keys:
             index.setdefault(key, []).append(path)
-    for level in range(max(map(len, wanted.values()))):
+    # place by place, so that a file goes to the name that wants it most
+    for place in range(max(map(len, wanted.values()))):
         claims = {}
-        for name in wanted.keys() - matches.keys():
-            for key in wanted[name][level]:
-                for path in index.get(key, ()):
-                    claims.setdefault(path, set()).add(name)
-        for path in claims.keys() - taken:
-            if len(claims[path]) == 1:
-                matches.setdefault(*claims[path], []).append(path)
-        taken |= claims.keys()
+        for name, keys in wanted.items():
+            if name not in matches and place < len(keys):
+                for path in index.get(keys[place], ()):
+                    claims.setdefault(path, []).append(name)
+        for path, names in claims.items():
+            if path not in taken and len(names) == 1:
+                matches.setdefault(names[0], []).append(path)
+        taken.update(claims)
     paths = {}
-    for name in filter(matches.get, wanted):
-        first, *others = sorted(matches[name], key=lambda path: (rank(name, path), path))
+    for name, candidates in matches.items():
+        first, *others = sorted(candidates, key=lambda path: (rank(path), path))
         for other in others:
-            if rank(name, other) == rank(name, first) and not filecmp.cmp(first, other, shallow=False):
+            # equal copies are common, and harmless
+            if rank(other) == rank(first) and not filecmp.cmp(first, other, shallow=False):
                 raise InputError(f"{table}: {name} could be {first} or {other}; move one of them away")
         paths[name] = first
     return paths
 
 
 def _audiocaps(table, files, split):
-    """Clips of an AudioCaps table; path is None if no file has one of the usual names.
+    """(Clips of an AudioCaps table, {id: names that its file may have}).
 
     These are youtube_id_start and youtube_id_start_end in seconds or milliseconds; youtube_id, if the table
     has it once; the same with a Y before it; and audiocap_id."""
     clips, numbers, starts = {}, set(), {}
-    for location, row in _rows(table, {"audiocap_id", "youtube_id", "start_time", "caption"}):
-        number, video, time = row["audiocap_id"], _inside(location, row["youtube_id"]), row["start_time"]
+    columns = {"audiocap_id", "youtube_id", "start_time", "caption"}
+    for location, number, video, start, caption in _rows(table, _audiocaps_row, columns):
         if number in numbers:
             raise InputError(f"{location}: audiocap_id {number!r} appears a second time")
-        if not re.fullmatch(r"\d{1,5}(\.\d{1,3})?", time):
-            raise InputError(f"{location}: start_time {time[:40]!r} is not a number of seconds")
         numbers.add(number)
-        start = float(time)
         starts.setdefault(video, set()).add(start)
-        *_, references, ids = clips.setdefault(f"{video}_{start:g}", (location, video, start, [], []))
-        references += filter(None, [_clean(location, row["caption"])])
-        ids.append((number.removesuffix(".0"), None))
+        *_, references, ids = clips.setdefault(f"{video}_{start:g}", (video, start, [], []))
+        references.append(caption)
+        ids.append(number.removesuffix(".0"))
     wanted = {}
-    for id, (location, video, start, references, ids) in clips.items():
-        if not references:
-            raise InputError(f"{location}: clip {video} has no caption")
-        other = f"Y{video}"
-        bare = [(video, None), (other, None)] if len(starts[video]) == 1 else []
-        milliseconds = [(video, 1000 * start), (other, 1000 * start)]
-        wanted[id] = [[(video, start)], [(other, start)], milliseconds, bare, ids]
+    for id, (video, start, _, ids) in clips.items():
+        stems = [_timed(video, start), _timed(f"Y{video}", start)]
+        # after seconds: 1000 is more often the start of another clip
+        stems += [_timed(video, 1000 * start), _timed(f"Y{video}", 1000 * start)]
+        if len(starts[video]) == 1:
+            stems += [f"{video}.*", f"Y{video}.*"]
+        wanted[id] = stems + [f"{number}.*" for number in ids]
+    # in another split's folder a name without a start may be another piece of that video
     keys = {path: _clip_keys(path.name, files[path] in (split, None)) for path in files}
     # one in a folder named after the split is preferred, then sound
-    paths = _match(table, wanted, keys, lambda id, path: (files[path] != split, MEDIA.index(_stem(path.name)[1])))
-    return [Clip(id, paths.get(id), references) for id, (*_, references, _) in clips.items()]
+    paths = _match(table, wanted, keys, lambda path: (files[path] != split, MEDIA.index(_stem(path.name)[1])))
+    return [Clip(id, paths.get(id), references) for id, (*_, references, _) in clips.items()], wanted
+
+
+def _audiocaps_row(location, row):
+    video, time, caption = _inside(location, row["youtube_id"]), row["start_time"], _clean(location, row["caption"])
+    if not re.fullmatch(r"\d{1,5}(\.\d{1,3})?", time):
+        raise InputError(f"{location}: start_time {time[:40]!r} is not a number of seconds")
+    if not caption:
+        raise InputError(f"{location}: clip {video} has no caption")
+    return location, row["audiocap_id"], video, float(time), caption
+
+
+def _timed(video, start):
+    """Key of the files that begin with a video and a start, however that is written."""
+    return f"{video}_{float(start):.10g}*"
 
 
 def _clip_keys(name, bare):
-    """Keys of a file of AudioCaps: (id, start) and, if `bare`, (whole name, None)."""
+    """Keys of a file of AudioCaps; bare: also the whole name, without a start."""
     stem, suffix = _stem(name)
-    keys, number = [(stem, None)] if bare else [], r"[_-](\d+(?:\.\d+)?)"
+    if not suffix:
+        return []
+    keys, number = [f"{stem}.*"] if bare else [], r"[_-](\d+(?:\.\d+)?)"
     if match := re.fullmatch(f"(.+){number}", stem):
-        keys.append((match[1], float(match[2])))
+        keys.append(_timed(match[1], match[2]))
     if match := re.fullmatch(f"(.+){number}{number}", stem):
         length = float(match[3]) - float(match[2])
+        # start and end of a clip of ten seconds or less, in seconds or milliseconds
         if 0 < length <= 10 or 1000 < length <= 10_000:
-            keys.append((match[1], float(match[2])))
-    return keys if suffix else []
+            keys.append(_timed(match[1], match[2]))
+    return keys
 
 
 def _named_files(table, files, split):
-    """Clips of a table with file_name and either caption_1, caption_2, … or question and answer."""
+    """(Clips of a table with file_name and captions, or question and answer, {name: names its file may have})."""
     clips, questions = [], {}
-    for location, row in _rows(table, {"file_name", "caption_1"}, {"file_name", "question", "answer"}):
-        name, question = _inside(location, row["file_name"]), None
-        columns = [c for c in row if re.fullmatch(r"caption_\d+", c)]
-        if {"question", "answer"} <= row.keys():
-            columns, question = ["answer"], _clean(location, row["question"])
-        references = list(filter(None, [_clean(location, row[c]) for c in columns]))
-        if not references or question == "":
-            raise InputError(f"{location}: clip {name} has no caption, or no question or answer")
+    columns = {"file_name", "caption_1"}, {"file_name", "question", "answer"}
+    for location, name, references, question in _rows(table, _named_row, *columns):
         earlier = questions.setdefault(name, [])
         if question in earlier:
             raise InputError(f"{location}: file_name {name!r} appears a second time")
         earlier.append(question)
-        number = f"#{len(earlier)}" if len(earlier) > 1 else ""  # several questions about one clip
+        # several questions about one clip
+        number = f"#{len(earlier)}" if len(earlier) > 1 else ""
         clips.append((name, name + number, references, question))
-    paths = _locate(questions, table, files, split)
-    return [Clip(id, paths.get(name), *rest) for name, id, *rest in clips]
-
-
-def _locate(names, table, files, split):
-    """{name: path} for the names in a table: the file as named, else the nearest spelling."""
-    wanted, keys, depths = {}, {}, {0}
-    for name in names:
-        *parents, base = re.split(r"[/\\]+", name)
-        depths.add(len(parents))
-        loose = _name_keys(base)
-        if not re.search(UNSAFE, base):
-            loose[3] = None
-        exact = [table.parent / folder / name for folder in ("videos", CLOTHO[split], split, "")]
-        wanted[name] = [exact] + [[(*parents, key)] for key in loose] + [[(key,)] for key in loose]
+    wanted = {name: _accepted(name, split) for name in questions}
+    # a name in the table may have folders of its own
+    depths = {0, *(len(_parts(name)) - 1 for name in questions)}
+    keys = {}
     for path in files:
-        keys[path] = [path] if files[path] != "DCASE" else []
-        if files[path] in (split, None):
-            loose = {key for spelling in _spellings(path.name) for key in _name_keys(spelling)}
-            keys[path] += [(*path.parts[-1 - depth:-1], key) for depth in depths for key in loose]
-    return _match(table, wanted, keys, lambda name, path: (  # in the order of the exact names, then the rest
-        [*wanted[name][0], path].index(path), files[path] != split, path.name != name))
+        # those of DCASE are other recordings with the same names
+        if files[path] != "DCASE":
+            keys[path] = _file_keys(path, table.parent, depths, files[path] in (split, None))
+    paths = _match(table, wanted, keys, lambda path: files[path] != split)
+    return [Clip(id, paths.get(name), *rest) for name, id, *rest in clips], wanted
 
 
-# dataset: reader(table, {path: split that its folder's name says, or None}, split) -> [Clip]
-READERS = {"audiocaps": _audiocaps, "clotho": _named_files, "av": _named_files}
+def _named_row(location, row):
+    name, question = _inside(location, row["file_name"]), None
+    columns = [column for column in row if re.fullmatch(r"caption_\d+", column)]
+    if {"question", "answer"} <= row.keys():
+        columns, question = ["answer"], _clean(location, row["question"])
+    references = list(filter(None, [_clean(location, row[column]) for column in columns]))
+    if not references or question == "":
+        raise InputError(f"{location}: clip {name} has no caption, or no question or answer")
+    return location, name, references, question
+
+
+def _parts(name):
+    """[folder, ..., file] of a name in a table, which Windows may have written."""
+    return re.split(r"[/\\]+", name)
+
+
+def _accepted(name, split):
+    """Keys of the files that a name in a table may mean, best first."""
+    *folders, base = _parts(name)
+    stem = _stem(base)[0]
+    # what programs write where a character is not allowed: _, which _normal writes too, or -, or nothing
+    stems = [stem, re.sub(UNSAFE, "-", stem), re.sub(UNSAFE, "", stem)]
+    loose = [base, *(f"{_normal(stem)}.*" for stem in stems)]
+    # first where files usually lie, seen from the table
+    exact = [f"./{folder}/{name}" for folder in ("videos", CLOTHO[split], split)] + [f"./{name}"]
+    inside = ["/".join([*folders, key]) for key in loose]
+    return list(dict.fromkeys(exact + inside + loose))
+
+
+def _file_keys(path, root, depths, loose):
+    """Keys of a file: where it lies in `root`; loose: also its name and its stem, with the folders above it."""
+    keys, name = [], path.name
+    if path.is_relative_to(root):
+        keys.append(f"./{path.relative_to(root)}")
+    with contextlib.suppress(UnicodeError):
+        # names are UTF-8 on disk, whatever the locale reads them as
+        name = os.fsencode(name).decode()
+    for depth in depths if loose else ():
+        folders = path.parts[-1 - depth:-1]
+        keys += ["/".join([*folders, name]), "/".join([*folders, f"{_normal(_stem(name)[0])}.*"])]
+    return keys
 
 
 def _stem(name):
@@ -310,52 +435,73 @@ def _stem(name):
     return (stem, suffix.lower()) if suffix.lower() in MEDIA else (name, "")
 
 
-def _name_keys(name):
-    """Keys of a file name: itself, its stem, and that with unsafe characters replaced by _ or left out."""
-    stem, suffix = _stem(name)
+def _normal(stem):
+    """A stem in one Unicode form and case, with _ for white space and what file systems replace."""
     text = unicodedata.normalize("NFKC", urllib.parse.unquote(stem)).casefold()
-    replaced, without = re.sub(rf"({UNSAFE}|[\s_])+", "_", text), re.sub(rf"{UNSAFE}|[\s_-]", "", text)
-    return [(0, stem + suffix), (1, stem), (2, replaced), (3, without)]
+    return re.sub(rf"({UNSAFE}|[\s_])+", "_", text)
 
 
-def _spellings(name):
-    """A name on disk, and what it was before it was unpacked with a wrong encoding."""
-    names = {name, re.sub("#U([0-9a-f]{4})", lambda match: chr(int(match[1], 16)), name)}
-    for encoding in ("cp437", "cp1252", "latin-1"):
-        with contextlib.suppress(UnicodeError):
-            names.add(os.fsencode(name).decode(encoding))
-        with contextlib.suppress(UnicodeError):
-            names.add(name.encode(encoding).decode())
-    return names
+# dataset: reader(table, {path: split that its folder's name says, or None}, split)
+READERS = {"audiocaps": _audiocaps, "clotho": _named_files, "av": _named_files}
 
 
-def _rows(table, *alternatives):
-    """[("file:line", {column: text})] of a CSV that has all the columns of one of the alternatives."""
+def _rows(table, parse, *alternatives):
+    """[parse("file:line", {column: text})] of a CSV that has all the columns of one of the alternatives.
+
+    A row that cannot be read is left out, with a note. Raises InputError beyond a thousandth of the rows, where
+    three may always be bad, but not half of them."""
     text = _text(table)
-    delimiter = max(",;\t", key=re.split("[\r\n]", text)[0].count)  # some spreadsheets write ; or tabs
+    if not re.match("[^\r\n]*\r(?!\n)", text):
+        # the header ends in \n: AudioCaps 2.0 has lone \r inside captions
+        text = re.sub("\r(?!\n)", " ", text)
+    # some spreadsheets write ; or tabs
+    delimiter = max(",;\t", key=re.split("[\r\n]", text)[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
-    rows, line = [], 1
+    header = _header(table, reader, alternatives)
+    rows, faults = [], []
+    while True:
+        line = reader.line_num + 1
+        location = f"{table}:{line}"
+        try:
+            cells = next(reader, None)
+            if cells is None:
+                break
+            cells = [cell.replace("\xa0", " ").strip() for cell in cells]
+            if not any(cells):
+                continue
+            if len(cells) < len(header) or any(cells[len(header):]):
+                raise InputError(f"{location}: has {len(cells)} fields and the header {len(header)}; "
+                                 "a text with a comma needs quotes")
+            rows.append(parse(location, dict(zip(header, cells))))
+        except InputError as error:
+            faults.append(str(error))
+        except csv.Error as error:
+            # a quote that nothing closes takes further lines with it
+            faults += [f"{location}: is not CSV ({error})"] * (reader.line_num - line + 1)
+    total = len(rows) + len(faults)
+    if not total:
+        raise InputError(f"{table}: has no rows")
+    if faults:
+        note = f"{faults[0]}; {len(faults)} of {total} rows cannot be read"
+        if len(faults) > max(3, math.ceil(total / 1000)) or 2 * len(faults) >= total:
+            raise InputError(note)
+        print_once(f"{note} and are left out")
+    return rows
+
+
+def _header(table, reader, alternatives):
+    """Names of a table's columns."""
     try:
         header = [column.strip().lower() for column in next(reader, [])]
-        while header and not header[-1]:  # spreadsheets write empty columns
-            header.pop()
-        if not any(columns <= set(header) for columns in alternatives) or len(set(header)) < len(header):
-            wanted = " or ".join(", ".join(sorted(columns)) for columns in alternatives)
-            raise InputError(f"{table}:1: needs the columns {wanted}, each once; found {ascii(header)[:200]}")
-        line = reader.line_num + 1
-        for cells in reader:
-            cells = [cell.replace("\xa0", " ").strip() for cell in cells]
-            if any(cells):
-                if len(cells) < len(header) or any(cells[len(header):]):
-                    raise InputError(f"{table}:{line}: has {len(cells)} fields and the header {len(header)}; "
-                                     "a text with a comma needs quotes")
-                rows.append((f"{table}:{line}", dict(zip(header, cells))))
-            line = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{table}:{line}: is not CSV ({error})") from None
-    if not rows:
-        raise InputError(f"{table}: has no rows")
-    return rows
+        raise InputError(f"{table}:1: is not CSV ({error})") from None
+    # spreadsheets write empty columns
+    while header and not header[-1]:
+        header.pop()
+    if not any(columns <= set(header) for columns in alternatives) or len(set(header)) < len(header):
+        wanted = " or ".join(", ".join(sorted(columns)) for columns in alternatives)
+        raise InputError(f"{table}:1: needs the columns {wanted}, each once; found {ascii(header)[:200]}")
+    return header
 
 
 def _text(path):
@@ -372,10 +518,10 @@ def _text(path):
         raise InputError(f"{path}:{line}: is not UTF-8; save the file as UTF-8") from None
 
 
-def _clean(location, text, limit=2000):
+def _clean(location, text, max_characters=2000):
     """One line of printable text: white space collapsed, terminal escapes and control characters removed."""
-    if len(text) > limit:
-        raise InputError(f"{location}: has a text of {len(text):,} characters; the limit is {limit:,}")
+    if len(text) > max_characters:
+        raise InputError(f"{location}: has a text of {len(text):,} characters; the limit is {max_characters:,}")
     text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?)?", "", text)
     text = "".join(c for c in text if c.isprintable() or c.isspace())
     return " ".join(text.split())
@@ -393,24 +539,28 @@ def _sha(obj):
     return hashlib.sha256(json.dumps(obj, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def read_qa(path, images=None, limit=1000, seed=0, text_only=False):
+def read_qa(path, images=None, limit_questions=1000, seed=0, keep=False):
     """([Question], sha256): a seeded subset of a file of questions about images, and its hash.
 
-    Reads LLaVA-Instruct JSON, a list of {id, image, conversations} (the first exchange of each), and JSONL or
-    a JSON list of {image, question, answer}. Images are in the folder `images`, else in images/ beside the
-    file, else beside it. text_only: also the questions without an image. Raises InputError for a record
-    without question or answer, and for a chosen image that does not exist."""
+    Reads JSONL or a JSON list of {image, question, answer}, and talks {id, image, conversations}, of which the
+    first exchange is taken: LLaVA-Instruct's {from, value} or ShareGPT's {role, content}.
+    Images are in the folder `images`, else in images/ beside the file, else beside it. keep: also questions
+    without an image or without an answer. Raises InputError for a record that cannot be read, and for a chosen
+    image that does not exist."""
     path, questions, counts = Path(path), [], {}
     for location, record in _records(path):
-        pictured = not isinstance(record, dict) or "image" in record
-        if not pictured and not text_only and "conversations" in record:
-            continue  # LLaVA's mixtures have talks without an image
-        id, *rest = _question(location, record, len(questions), pictured or not text_only)
-        counts[id] = counts.get(id, 0) + 1  # LLaVA-Instruct has several talks with one id
+        pictured = not isinstance(record, dict) or record.get("image") is not None
+        # LLaVA's mixtures have talks without an image
+        if not pictured and not keep and "conversations" in record:
+            continue
+        id, *rest = _question(location, record, len(questions), pictured or not keep, not keep)
+        # LLaVA-Instruct has several talks with one id
+        counts[id] = counts.get(id, 0) + 1
         questions.append((f"{id}#{counts[id]}" if counts[id] > 1 else id, *rest))
     if not questions:
         raise InputError(f"{path}: has no questions about images")
-    chosen = sorted(questions, key=lambda q: _sha([seed, *q[1:], q[0]]))[:limit]
+    # by a hash of the contents: the order of the file does not matter
+    chosen = sorted(questions, key=lambda q: _sha([seed, *q[1:], q[0]]))[:limit_questions]
     beside = path.parent / "images"
     folder = Path(images) if images else beside if beside.is_dir() else path.parent
     absent = [row[1] for row in chosen if row[1] and not os.path.isfile(folder / row[1])]
@@ -422,8 +572,8 @@ def read_qa(path, images=None, limit=1000, seed=0, text_only=False):
 
 
 def read_kept(path):
-    """[Question]: a seeded subset of the questions of train.py's --keep-qa."""
-    return read_qa(path, limit=KEPT, text_only=True)[0]
+    """[Question]: a seeded subset of the questions of train.py's --keep-qa; their own answers are not learned."""
+    return read_qa(path, limit_questions=KEPT_QUESTIONS, keep=True)[0]
 
 
 def check_apart(path, probe):
@@ -462,22 +612,44 @@ def _records(path):
         raise InputError(f"{path}:{line}: is not JSON ({reason})") from None
 
 
-def _question(location, record, number, pictured):
-    """(id, image, question, answer, kind) of a record; image is None unless it is pictured."""
+def _exchange(turns):
+    """(first question, its answer or None) of a talk, which may begin with a system's turn."""
+    question = None
+    for turn in turns:
+        # LLaVA's words and ShareGPT's
+        role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        if role in ("human", "user") and question is None:
+            question = text
+        elif role in ("gpt", "assistant") and question is not None:
+            return question, text
+    return question, None
+
+
+def _question(location, record, number, pictured, answered):
+    """(id, image, question, answer, kind) of a record; image is None unless it is pictured.
+
+    answered: raises InputError where the answer is missing, which otherwise is empty."""
     try:
         if "conversations" in record:
-            turns = {turn["from"]: turn["value"] for turn in record["conversations"][:2]}
-            question, answer = turns["human"].replace("<image>", ""), turns["gpt"]
+            question, answer = _exchange(record["conversations"])
         else:
-            question, answer = record.get("question", record.get("text")), record["answer"]
-        if not isinstance(answer, str | int | float):  # null would be the text "None"
+            question, answer = record.get("question", record.get("text")), record.get("answer")
+        if answer is None and not answered:
+            answer = ""
+        # null would be the text "None"
+        if not isinstance(answer, str | int | float):
             raise TypeError
-        question = "\n".join(_clean(location, line, 20_000) for line in question.strip().split("\n"))
-        answer = _clean(location, str(answer), 20_000)
+        if pictured:
+            # the prompt of a question about an image has it in any case
+            question = question.replace(IMAGE, "")
+        question = "\n".join(_clean(location, line, MAX_CHARACTERS) for line in question.strip().split("\n"))
+        answer = _clean(location, str(answer), MAX_CHARACTERS)
     except (TypeError, KeyError, AttributeError):
         raise InputError(f"{location}: lacks a question or its answer; the probe needs both") from None
-    if not question or not answer:
+    if not question or answered and not answer:
         raise InputError(f"{location}: has an empty question or answer")
+    if IMAGE in question + answer:
+        raise InputError(f"{location}: has {IMAGE} in its answer, or in a question without an image; take it out")
     id = _clean(location, str(record.get("id", record.get("question_id", number))))
     kind = _clean(location, str(record.get("kind", record.get("category", ""))))
     image = _inside(location, record.get("image")) if pictured else None
@@ -486,16 +658,17 @@ def _question(location, record, number, pictured):
 
 # ---------------------------------------------------------------- sound and video
 
-def _decoded(path, kind):
-    """Decoded frames of the first stream of `kind` ("audio" or "video"); damaged packets are skipped."""
+def _decoded(path, modality):
+    """Decoded frames of the first stream of "audio" or "video"; damaged packets are skipped."""
     good = damaged = 0
     options = {"protocol_whitelist": "file"}  # a playlist named .wav must not open network addresses
     try:
         with av.open(f"file:{path}", metadata_errors="ignore", options=options) as file:
-            streams = [stream for stream in file.streams if stream.type == kind
-                       and not stream.disposition & av.stream.Disposition.attached_pic]  # a cover is no film
+            # a cover is no film
+            streams = [stream for stream in file.streams if stream.type == modality
+                       and not stream.disposition & av.stream.Disposition.attached_pic]
             if not streams:
-                raise InputError(f"{path}: has no {kind} stream")
+                raise InputError(f"{path}: has no {modality} stream")
             for packet in file.demux(streams[0]):
                 try:
                     frames = packet.decode()
@@ -505,18 +678,13 @@ def _decoded(path, kind):
                 good += bool(frames)
                 yield from frames
     except (av.FFmpegError, OSError) as error:
-        reason = f"decoded as {kind} ({error.strerror or error})"
+        reason = f"decoded as {modality} ({error.strerror or error})"
         if not good:
             raise InputError(f"{path}: cannot be {reason}") from None
-        _print_once(f"{path}: only a first part can be {reason}")
-    if damaged >= good:  # a few bad packets are tolerated, as every player does
-        raise InputError(f"{path}: cannot be decoded as {kind} (empty or damaged)")
-
-
-@functools.lru_cache(maxsize=None)
-def _print_once(text):
-    """Print a note on a file, which may be decoded several times and have any bytes in its name."""
-    print(text.encode(errors="backslashreplace").decode(), flush=True)
+        print_once(f"{path}: only a first part can be {reason}")
+    # a few bad packets are tolerated, as every player does
+    if damaged >= good:
+        raise InputError(f"{path}: cannot be decoded as {modality} (empty or damaged)")
 
 
 def decode_audio(path, rate, max_seconds=MAX_SECONDS):
@@ -534,24 +702,24 @@ def decode_audio(path, rate, max_seconds=MAX_SECONDS):
         waves.append(torchaudio.functional.resample(wave, ratio.numerator, ratio.denominator))
         if seconds > max_seconds:
             break
-    wave, limit = torch.cat(waves), int(max_seconds * rate)
+    wave, max_samples = torch.cat(waves), int(max_seconds * rate)
     if not len(wave) or not wave.isfinite().all():
         raise InputError(f"{path}: has no samples, or some that are not finite")
-    if len(wave) > limit:
-        _print_once(f"{path}: is longer than {max_seconds:g} seconds; the rest of its sound is ignored")
-    return wave[:limit].numpy()
+    if len(wave) > max_samples:
+        print_once(f"{path}: is longer than {max_seconds:g} seconds; the rest of its sound is ignored")
+    return wave[:max_samples].numpy()
 
 
 def _layout(frame):
     return frame.sample_rate, frame.layout.name, frame.format.name  # may change midway
 
 
-def _mono(path, frames, limit):
-    """Mean of the channels of frames of one format, (samples,); stops soon after `limit` samples."""
+def _mono(path, frames, max_samples):
+    """Mean of the channels of frames of one format, (samples,); stops soon after `max_samples`."""
     # interleaved on purpose: PyAV reads past the end of 8 and more separate channels
     packer, mono, count = av.AudioResampler("flt", frame_size=8192), [np.zeros(0, np.float32)], 0
     for frame in itertools.chain(frames, [None]):  # None: what the packer still holds
-        last = frame is None or count > limit
+        last = frame is None or count > max_samples
         try:
             blocks = packer.resample(None if last else frame)
         except (ValueError, av.FFmpegError):
@@ -630,19 +798,38 @@ def noisy(wave, snr_db, generator, noise=None):
 
 # ---------------------------------------------------------------- frozen encoders
 
-def _pretrained(path, model_class, processor_class, dtype=torch.float32):
-    """A frozen model, its preprocessor, and the sha256 of the settings behind its output."""
+# what a model that does not fit its code raises
+UNFIT = (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError)
+
+
+def _pretrained(path, model_class, processor_class, dtype=torch.float32, **options):
+    """A frozen model, its preprocessor, and the sha256 of the settings behind its output.
+
+    options: further arguments of the preprocessor's from_pretrained."""
     local = Path(path).is_dir()
-    try:  # safetensors only: a pickle in a downloaded folder could run anything
+    if (Path(path) / "adapter_config.json").exists():
+        # without the package peft, transformers would load the model and leave them out
+        raise InputError(f"{path}: holds LoRA adapters; merge them into the model first (peft's merge_and_unload)")
+    try:
+        # a LLaVA-NeXT would load as a LLaVA, and fail at its first image
+        config, _ = model_class.config_class.get_config_dict(path, local_files_only=local)
+        kind, wanted = config.get("model_type"), model_class.config_class.model_type
+        if kind not in (None, wanted):
+            raise InputError(f"{path}: is a {kind}; {model_class.__name__} needs a {wanted}")
+        # safetensors only: a pickle in a downloaded folder could run anything
         model, report = model_class.from_pretrained(
             path, use_safetensors=True, local_files_only=local, dtype=dtype, output_loading_info=True)
-        processor = processor_class.from_pretrained(path, local_files_only=local)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        processor = processor_class.from_pretrained(path, local_files_only=local, **options)
+    except InputError:
+        raise
+    # ImportError: a quantised checkpoint wants a package of its own
+    except (*UNFIT, OSError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path}: cannot be loaded as {model_class.__name__} ({reason}); give a "
                          "checkpoint's folder or a hub name") from None
     lacking = sorted(report["missing_keys"])
-    if lacking:  # transformers would draw them at random and go on
+    # transformers would draw them at random and go on
+    if lacking:
         raise InputError(f"{path}: no {model_class.__name__}; {len(lacking)} weights lack: {lacking[0]}")
     settings = [model.config.to_dict(), getattr(processor, "feature_extractor", processor).to_dict()]
     for key in ("_name_or_path", "transformers_version", "processor_class"):  # no effect on the output
@@ -660,9 +847,105 @@ def _hash_model(settings, model):
     return digest.hexdigest()
 
 
-class AudioEncoder:
-    """A frozen CLAP from a folder or hub name: `.hash`, `.rate` in Hz, `.width` (E), `.embed_dim` (P).
+class Encoder:
+    """A frozen model that turns clips into frames; its checkpoint is a folder or a hub name.
 
+    ENCODERS names a class for each `model_type` of a checkpoint's config.json. The rest of the repository uses
+    no more of an encoder than this contract:
+
+    modality   "audio" or "video"
+    rate       samples a second of the waves that it takes; None for video
+    frames     F, pictures of the videos that it takes; None for audio
+    width      E
+    hash       sha256 of all that its frames depend on: weights, settings, and the window and the pooling where
+               a class chooses them. It names the cache's files
+    prepare(clip)
+               what `encode_prepared` takes, of one clip: mono float32 (samples,) or uint8 (F, H, W, 3). Threads
+               call it at once, ahead of the model. A clip of sound that is longer than the model's window becomes
+               several windows
+    encode_prepared(prepared, batch_size)
+               [(S_i, E)] of several prepared clips, on the CPU, in time order, at most about ten frames a second,
+               of the clip and not of what fills its window. A clip's frames do not depend on its neighbours
+    silence()  a clip with nothing to hear or see
+    noise(rng, n)
+               n clips that mean nothing, from a numpy generator. What the backbone says beside both is measured
+
+    Raises InputError when it cannot be loaded."""
+    modality = rate = frames = None
+
+    def __init__(self, path, device, model, width, hash):
+        self.path, self.device, self.width, self.hash = str(path), device, width, hash
+        self.model = model.to(device)
+
+    def encode(self, clips, **options):
+        """Frames [(S_i, E)] of clips, mono float32 (samples,) or uint8 (F, H, W, 3)."""
+        return self.encode_prepared([self.prepare(clip) for clip in clips], **options)
+
+
+def _cut(wave, size, rate):
+    """(windows, spans) of a wave: consecutive windows of `size` samples, the last one right-aligned.
+
+    spans: the samples (first, end) of each window that no earlier one holds; a wave shorter than `size` is
+    a window as it is."""
+    starts = range(0, max(len(wave) - size, 0) + 1, size)
+    windows = [wave[start:start + size] for start in starts]
+    spans = [(0, min(size, len(wave)))] * len(windows)
+    tail = len(wave) % size if len(wave) > size else 0
+    if tail >= rate:  # a tail below one second is dropped
+        windows.append(wave[-size:])
+        spans.append((size - tail, size))
+    return windows, spans
+
+
+def _each_window(prepared, model, device, batch_size):
+    """Yield (number of its clip, its span, `model` of it) for each window; a pass takes windows of several clips."""
+    windows = []
+    for i, (inputs, spans) in enumerate(prepared):
+        windows += [(i, span, window) for window, span in zip(inputs, spans)]
+    for start in range(0, len(windows), batch_size):
+        numbers, spans, inputs = zip(*windows[start:start + batch_size])
+        with torch.no_grad():
+            outputs = model(torch.stack(inputs).to(device, non_blocking=True)).cpu()
+        yield from zip(numbers, spans, outputs)
+
+
+class AudioEncoder(Encoder):
+    """What encoders of sound share: windows of .size samples, joined in time order.
+
+    A subclass makes (windows, ...) float32 of a list of windows in `inputs`, and (B, S, E) of a batch in `hear`."""
+    modality = "audio"
+
+    def prepare(self, wave):
+        """(inputs, spans) of the windows of a mono float32 wave."""
+        windows, spans = _cut(wave, self.size, self.rate)
+        return self.inputs(windows), spans
+
+    def encode_prepared(self, prepared, batch_size=32):
+        """Frames [(S_i, E)] of what `prepare` returned for each clip; batch_size: windows at once."""
+        frames = [[] for _ in prepared]
+        for i, (first, end), hidden in _each_window(prepared, self.hear, self.device, batch_size):
+            count = math.ceil((end - first) / self.size * len(hidden))
+            # a later window is right-aligned; a short one is filled behind its sound
+            frames[i].append(hidden[-count:] if first else hidden[:count])
+        return [torch.cat(parts) for parts in frames]
+
+    def silence(self):
+        return np.zeros(self.size, np.float32)
+
+    def noise(self, rng, n):
+        """White noise, 20 dB below full scale."""
+        return list(rng.normal(scale=0.1, size=(n, self.size)).astype(np.float32))
+
+
+def _mean_of(frames, by):
+    """Means of `by` frames (B, S, E) that follow each other, (B, S / by, E); the last may be of fewer."""
+    return torch.nn.functional.avg_pool1d(frames.transpose(1, 2), by, ceil_mode=True).transpose(1, 2)
+
+
+class Clap:
+    """The space that sound and text share: a frozen CLAP, `.hash`, `.rate` in Hz, `.embed_dim` (P).
+
+    It stands behind train.py's contrastive term and the reranker, whoever listens; ClapEncoder are its ears.
     Raises InputError when it cannot be loaded."""
 
     def __init__(self, path, device="cpu"):
@@ -673,50 +956,34 @@ class AudioEncoder:
         self.model.to(device)
         self.tokenizer, self.extractor = processor.tokenizer, processor.feature_extractor
         self.rate, self.size = self.extractor.sampling_rate, int(self.extractor.nb_max_samples)
-        self.width = self.model.config.audio_config.hidden_size
         self.embed_dim = self.model.config.projection_dim
 
     def prepare(self, wave):
-        """(mels, shares) of a mono float32 wave, for `encode_prepared`; threads may call this at once.
-
-        mels: (windows, channels, time, mel) float32 of consecutive windows, the last one right-aligned.
-        shares: the part of each window that no earlier one holds."""
-        size, tail = self.size, len(wave) % self.size if len(wave) > self.size else 0
-        windows = [wave[i:i + size] for i in range(0, max(len(wave) - size, 0) + 1, size)]
-        shares = [1.0] * len(windows)
-        if tail >= self.rate:  # a tail below one second is dropped
-            windows.append(wave[-size:])
-            shares.append(tail / size)
+        """(mels, spans) of the windows of a mono float32 wave; mels: (windows, channels, time, mel) float32."""
+        windows, spans = _cut(wave, self.size, self.rate)
         mels = self.extractor(windows, sampling_rate=self.rate, return_tensors="pt")["input_features"]
-        return mels.float(), shares
+        # the extractor fills a short window by repetition: all of it is sound
+        return mels.float(), [(first, self.size) for first, _ in spans]
 
-    @torch.no_grad()
-    def encode_prepared(self, prepared, batch_size=32):
-        """As `encode`, of what `prepare` returned for each clip; batch_size: windows at once."""
-        windows = []
-        for i, (mels, shares) in enumerate(prepared):
-            windows += [(i, mel, share) for mel, share in zip(mels, shares)]
-        frames = [[] for _ in prepared]
+    def listen(self, mels):
+        """What CLAP makes of the mels of B windows."""
+        # for the fused model the extractor marks a random clip as longer than the window; none is
+        longer = torch.zeros(len(mels), 1, dtype=torch.bool, device=self.device)
+        return self.model.get_audio_features(mels, is_longer=longer)
+
+    def embed(self, mels):
+        return self.listen(mels).pooler_output
+
+    def embed_prepared(self, prepared, batch_size=32):
+        """As `embed_sounds`, of what `prepare` returned for each clip; batch_size: windows at once."""
         embeds = torch.zeros(len(prepared), self.embed_dim)
-        for start in range(0, len(windows), batch_size):
-            batch = windows[start:start + batch_size]
-            mels = torch.stack([mel for _, mel, _ in batch]).to(self.device, non_blocking=True)
-            # for the fused model the extractor marks a random clip as longer than the window; none is
-            longer = torch.zeros(len(batch), 1, dtype=torch.bool, device=self.device)
-            out = self.model.get_audio_features(mels, is_longer=longer)
-            hidden = out.last_hidden_state.mean(2).transpose(1, 2).cpu()  # (B, E, freq, S) → (B, S, E)
-            for (i, _, share), h, embed in zip(batch, hidden, out.pooler_output.cpu()):
-                frames[i].append(h[-math.ceil(share * len(h)):])
-                embeds[i] += embed
-        frames = [torch.cat(parts) for parts in frames]
-        return frames, torch.nn.functional.normalize(embeds, dim=-1)
+        for i, _, part in _each_window(prepared, self.embed, self.device, batch_size):
+            embeds[i] += part
+        return torch.nn.functional.normalize(embeds, dim=-1)
 
-    def encode(self, waves, batch_size=32):
-        """Frames [(S_i, E)] in time order and L2-normalised embeddings (n, P) of mono float32 waves.
-
-        A clip longer than the window is encoded in several: the frames follow each other without overlap, and
-        the embedding is the normalised mean."""
-        return self.encode_prepared([self.prepare(wave) for wave in waves], batch_size)
+    def embed_sounds(self, waves):
+        """L2-normalised embeddings (n, P) of mono float32 waves: of several windows the mean."""
+        return self.embed_prepared([self.prepare(wave) for wave in waves])
 
     @torch.no_grad()
     def embed_text(self, texts, batch_size=64):
@@ -733,38 +1000,219 @@ class AudioEncoder:
         return torch.nn.functional.normalize(torch.cat(embeds), dim=-1)
 
 
-class VideoEncoder:
-    """A frozen TimeSformer from a folder or hub name: `.hash`, `.frames` a clip (F), `.width` (E)."""
+class ClapEncoder(AudioEncoder):
+    """CLAP's ears: windows of 10 s as released, 32 frames each."""
 
     def __init__(self, path, device="cpu"):
-        from transformers import AutoImageProcessor, TimesformerModel
-        self.path, self.device = str(path), device
-        self.model, self.processor, settings = _pretrained(path, TimesformerModel, AutoImageProcessor)
-        self.hash = _hash_model(settings, self.model)
-        self.model.to(device)
-        self.frames, self.width = self.model.config.num_frames, self.model.config.hidden_size
-        self.embed_dim = self.width
+        # the same object as the judge, where a run has one CLAP for both
+        clap = load_clap(str(path), device)
+        super().__init__(path, device, clap.model, clap.model.config.audio_config.hidden_size, clap.hash)
+        self.prepare, self.listen = clap.prepare, clap.listen
+        self.rate, self.size = clap.rate, clap.size
+
+    def hear(self, mels):
+        hidden = self.listen(mels).last_hidden_state  # (B, E, frequencies, S)
+        return hidden.mean(2).transpose(1, 2)
+
+
+class WhisperEncoder(AudioEncoder):
+    """Whisper's encoder at its first positions: windows of 10 s, 6.25 frames a second.
+
+    It was trained on windows of 30 s, filled with silence. The ten seconds alone cost a third of that or less,
+    and tell recorded sounds apart as well: TODO."""
+    SECONDS, POOL = 10, 8
+
+    def __init__(self, path, device="cpu"):
+        from transformers import WhisperFeatureExtractor, WhisperModel
+        whole, self.extractor, settings = _pretrained(path, WhisperModel, WhisperFeatureExtractor)
+        model, self.rate = whole.encoder, self.extractor.sampling_rate
+        self.samples = self.extractor.hop_length * model.conv1.stride[0] * model.conv2.stride[0]  # of a position
+        positions = min(self.SECONDS * self.rate // self.samples, model.config.max_source_positions)
+        self.size = positions * self.samples
+        hash = _hash_model(f"{settings} {positions} {self.POOL}", model)
+        model.config.max_source_positions = model.embed_positions.num_embeddings = positions
+        model.embed_positions.weight = torch.nn.Parameter(model.embed_positions.weight[:positions], False)
+        super().__init__(path, device, model, model.config.d_model, hash)
+
+    def inputs(self, windows):
+        # to the window's end; by itself the extractor fills up to 30 s, which costs as much as the encoder
+        return self.extractor(windows, sampling_rate=self.rate, max_length=self.size,
+                              return_tensors="pt")["input_features"]
+
+    def hear(self, mels):
+        return _mean_of(self.model(mels).last_hidden_state, self.POOL)
+
+
+class ASTEncoder(AudioEncoder):
+    """The Audio Spectrogram Transformer: windows of 10.24 s as released, 101 frames each."""
+
+    def __init__(self, path, device="cpu"):
+        from transformers import ASTFeatureExtractor, ASTModel
+        model, self.extractor, settings = _pretrained(path, ASTModel, ASTFeatureExtractor)
+        super().__init__(path, device, model, model.config.hidden_size, _hash_model(settings, model))
+        self.rate = self.extractor.sampling_rate
+        self.size = self.extractor.max_length * self.rate // 100  # a column of the spectrogram every 10 ms
+
+    def inputs(self, windows):
+        shortest = self.rate // 20  # a column takes 25 ms of sound, and there has to be one
+        windows = [np.pad(wave, (0, max(0, shortest - len(wave)))) for wave in windows]
+        return self.extractor(windows, sampling_rate=self.rate, return_tensors="pt")["input_values"]
+
+    def hear(self, spectrograms):
+        hidden = self.model(spectrograms).last_hidden_state[:, 2:]  # without the class and distillation tokens
+        frequencies, S = self.model.embeddings.get_shape(self.model.config)
+        return hidden.reshape(len(hidden), frequencies, S, self.width).mean(1)
+
+
+class PEAudioEncoder(AudioEncoder):
+    """The audio side of Perception Encoder Audiovisual: windows of 10 s, 6.25 frames a second."""
+    SECONDS, POOL = 10, 4
+
+    def __init__(self, path, device="cpu"):
+        from transformers import PeAudioFeatureExtractor, PeAudioModel
+        whole, self.extractor, settings = _pretrained(path, PeAudioModel, PeAudioFeatureExtractor)
+        model, self.rate = whole.audio_encoder, self.extractor.sampling_rate
+        hop = self.extractor.hop_length
+        self.size = self.SECONDS * self.rate // hop * hop
+        hash = _hash_model(f"{settings} {self.size} {self.POOL}", model)
+        super().__init__(path, device, model, model.config.hidden_size, hash)
+
+    def inputs(self, windows):
+        """Samples, and 1 where they are sound: (windows, 2, size)."""
+        made = self.extractor(windows, sampling_rate=self.rate, padding="max_length", max_length=self.size,
+                              return_tensors="pt")
+        return torch.stack([made["input_values"].reshape(-1, self.size), made["padding_mask"]], 1)
+
+    def hear(self, inputs):
+        hidden = self.model(inputs[:, :1], padding_mask=inputs[:, 1].bool()).last_hidden_state
+        return _mean_of(hidden, self.POOL)
+
+
+class VideoEncoder(Encoder):
+    """What encoders of video share: .frames pictures a clip, .side pixels high and wide for the model.
+
+    A subclass makes (B, S, E) of a batch of pixels (B, F, 3, height, width) in `see`."""
+    modality = "video"
 
     def prepare(self, video):
-        """Pixels (F, 3, height, width) of a video uint8 (F, H, W, 3), for `encode_prepared`; for threads."""
+        """Pixels (F, 3, height, width) of a video uint8 (F, H, W, 3)."""
         return self.processor([list(video)], return_tensors="pt")["pixel_values"][0]
 
     @torch.no_grad()
     def encode_prepared(self, prepared, batch_size=8):
-        """As `encode`, of what `prepare` returned for each video."""
+        """Frames [(S, E)] of what `prepare` returned for each video."""
         frames = []
         for start in range(0, len(prepared), batch_size):
             pixels = torch.stack(prepared[start:start + batch_size])
-            B, F = pixels.shape[:2]  # (B, F, 3, height, width)
-            pixels = pixels.to(self.device, non_blocking=True)
-            hidden = self.model(pixels).last_hidden_state[:, 1:].cpu()  # (B, patches * F, E), no class token
-            frames += hidden.reshape(B, -1, F, self.width).mean(1)  # the F moments of a patch are neighbours
-        means = [f.mean(0) for f in frames]
-        return frames, torch.stack(means) if frames else torch.zeros(0, self.width)
+            frames += self.see(pixels.to(self.device, non_blocking=True))
+        return frames
 
-    def encode(self, videos, batch_size=8):
-        """Frames [(F, E)] in time order and their means (n, E), of videos uint8 (F, H, W, 3)."""
-        return self.encode_prepared([self.prepare(video) for video in videos], batch_size)
+    def silence(self):
+        """Black pictures."""
+        return np.zeros((self.frames, self.side, self.side, 3), np.uint8)
+
+    def noise(self, rng, n):
+        """Coloured dots."""
+        return list(rng.integers(0, 256, (n, self.frames, self.side, self.side, 3), np.uint8))
+
+
+class TimesformerEncoder(VideoEncoder):
+    """TimeSformer: a frame for each of its pictures, 8 as released."""
+
+    def __init__(self, path, device="cpu"):
+        from transformers import AutoImageProcessor, TimesformerModel
+        model, self.processor, settings = _pretrained(path, TimesformerModel, AutoImageProcessor)
+        super().__init__(path, device, model, model.config.hidden_size, _hash_model(settings, model))
+        self.frames, self.side = model.config.num_frames, model.config.image_size
+
+    def see(self, pixels):
+        B, F = pixels.shape[:2]
+        hidden = self.model(pixels).last_hidden_state[:, 1:].cpu()  # (B, patches * F, E), no class token
+        return hidden.reshape(B, -1, F, self.width).mean(1)  # the F moments of a patch are neighbours
+
+
+class VideoMAEEncoder(VideoEncoder):
+    """VideoMAE: a frame for every two of its pictures, 16 as released."""
+
+    def __init__(self, path, device="cpu"):
+        from transformers import AutoImageProcessor, VideoMAEModel
+        model, self.processor, settings = _pretrained(path, VideoMAEModel, AutoImageProcessor)
+        super().__init__(path, device, model, model.config.hidden_size, _hash_model(settings, model))
+        self.frames, self.side = model.config.num_frames, model.config.image_size
+
+    def see(self, pixels):
+        B, moments = len(pixels), self.frames // self.model.config.tubelet_size
+        hidden = self.model(pixels).last_hidden_state.cpu()  # (B, moments * patches, E)
+        return hidden.reshape(B, moments, -1, self.width).mean(2)
+
+
+class VJEPA2Encoder(VideoEncoder):
+    """V-JEPA 2: a frame for every two of its pictures, 64 as released."""
+
+    def __init__(self, path, device="cpu"):
+        from transformers import VideoMAEImageProcessorPil, VJEPA2Model
+        # its own processor does the same with torchvision, which nothing else here needs
+        model, self.processor, settings = _pretrained(
+            path, VJEPA2Model, VideoMAEImageProcessorPil, image_processor_filename="video_preprocessor_config.json")
+        super().__init__(path, device, model, model.config.hidden_size, _hash_model(settings, model))
+        self.frames, self.side = model.config.frames_per_clip, model.config.crop_size
+
+    def prepare(self, video):
+        return super().prepare(video).half()  # 64 pictures of 256 pixels are 50 MB in float32, and many clips wait
+
+    def see(self, pixels):
+        B, moments = len(pixels), self.frames // self.model.config.tubelet_size
+        hidden = self.model.get_vision_features(pixels.float()).cpu()  # (B, moments * patches, E)
+        return hidden.reshape(B, moments, -1, self.width).mean(2)
+
+
+# the `model_type` of a checkpoint's config.json: what it becomes here
+ENCODERS = {"clap": ClapEncoder, "whisper": WhisperEncoder, "audio-spectrogram-transformer": ASTEncoder,
+            "pe_audio": PEAudioEncoder,
+            "timesformer": TimesformerEncoder, "videomae": VideoMAEEncoder, "vjepa2": VJEPA2Encoder}
+
+
+def _model_type(path):
+    """The `model_type` of a checkpoint, a folder or a hub name. Raises InputError."""
+    from transformers import PreTrainedConfig
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(path, local_files_only=Path(path).is_dir())
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path}: cannot be loaded ({reason}); give a checkpoint's folder or a hub name") from None
+    return config.get("model_type")
+
+
+@functools.lru_cache(maxsize=2)  # several runs in one process share their models
+def load_encoder(path, modality, device):
+    """The Encoder of a checkpoint. Raises InputError for a type that is not known, or of another modality."""
+    kind, known = _model_type(path), []
+    for name, encoder in ENCODERS.items():
+        if encoder.modality == modality:
+            known.append(name)
+    if kind not in known:
+        raise InputError(f"{path}: its config.json says {kind}; encoders of {modality} are {', '.join(known)}")
+    return ENCODERS[kind](path, device)
+
+
+@functools.lru_cache(maxsize=2)
+def load_clap(path, device):
+    return Clap(path, device)
+
+
+def clap_path(config):
+    """The CLAP of a run's config: its --clap, else its encoder where that is one, else None."""
+    if config.get("clap"):
+        return config["clap"]
+    return config["encoder"] if _model_type(config["encoder"]) == "clap" else None
+
+
+def clap_of(config, device, purpose):
+    """The Clap of a run's config. Raises InputError, which names the purpose, where there is none."""
+    path = clap_path(config)
+    if path is None:
+        raise InputError(f"{config['encoder']}: is no CLAP, and {purpose} needs one beside it: --clap FOLDER_OR_HUB_NAME")
+    return load_clap(path, device)
 
 
 # ---------------------------------------------------------------- cache of features
@@ -774,7 +1222,6 @@ class Features:
     """Encoder frames of clips: `features[i]` is (S_i, E) float32, read from disk when asked for."""
     frames: torch.Tensor  # (sum of S_i, E) float16, memory-mapped
     spans: list[tuple]  # (first, end) of each clip in `frames`
-    embeds: torch.Tensor  # (n, P) float32
     ids: list[str]
 
     def __post_init__(self):
@@ -794,102 +1241,139 @@ class Features:
     def take(self, order):
         """The features in another order, by index."""
         spans, ids = [self.spans[i] for i in order], [self.ids[i] for i in order]
-        return Features(self.frames, spans, self.embeds[list(order)], ids)
+        return Features(self.frames, spans, ids)
 
 
 def lock_or_wait(file, message):
-    """Lock an open file or descriptor until it is closed. Prints `message` if it has to wait."""
+    """Lock an open file or descriptor until it is closed. Prints `message` if it has to wait.
+
+    False where the file system has no locks, as on some network drives: then a note says so."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(message, flush=True)
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print_once(message)
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        print_once(f"this file system has no locks ({error.strerror}); do not start a job twice at a time")
+        return False
+    return True
 
 
 @contextlib.contextmanager
 def _one_builder(path):
-    """Only one job at a time is in the block of a path; the lock goes with the process, however that ends."""
+    """Only one job at a time is in the block of a path; the lock goes with the process, however that ends.
+
+    Yields False where there are no locks."""
     lock = path.with_suffix(".lock")
     with open(lock, "w") as file:
-        lock_or_wait(file, f"waiting for another job that builds {path.name}")
-        yield
-        lock.unlink(missing_ok=True)  # jobs that wait for it find the finished file
+        yield lock_or_wait(file, f"waiting for another job that builds {path.name}")
+        # jobs that wait for it find the finished file
+        lock.unlink(missing_ok=True)
 
 
 def cached_json(folder, name, parts, make):
     """make(), kept as JSON in `folder` under a hash of `parts`. Of several jobs one makes it, the others wait."""
     path = Path(folder) / f"{name}_{_sha(parts)[:32]}.json"
-    if not path.exists():  # a full cache may be read-only
+    # before the lock: a full cache may be read-only
+    if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with _one_builder(path):
             if not path.exists():
                 write_json(path, make())
-    return json.loads(_text(path))
+    return read_json(path)
 
 
-def load_features(split, encoder, cache_dir, modality="audio"):
+def load_features(split, encoder, cache_dir):
     """Features of the clips of `split`, from the cache or computed and stored there.
 
-    The file is named by a hash of the encoder and of the bytes of every clip. Afterwards `split.bad` lists
-    the clips that cannot be decoded, `split.clips` has the others, and `features[i]` is of `split.clips[i]`;
-    with two modalities look up `features.index[clip.id]`. Of several jobs one computes and the others wait.
-    Raises InputError when no clip can be decoded or the cache cannot be written."""
-    folder = Path(cache_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(THREADS) as pool:
-            hashes = _file_hashes(split, folder, pool)
-            key = _sha([CACHE_FORMAT[modality], modality, encoder.hash, hashes])
-            path = folder / f"{modality}_{split.name}_{key[:32]}.safetensors"
-            cached = _read_features(path, split)
-            if cached is None:
-                cached = _build_features(path, split, encoder, modality, pool)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read or written ({error.strerror})") from None
-    features, bad = cached
+    The file is named by a hash of the encoder and of every clip's id, size and time of change. Afterwards
+    `split.bad` lists the clips that cannot be decoded, `split.clips` has the others, and `features[i]` is of
+    `split.clips[i]`; with two encoders look up `features.index[clip.id]`. Of several jobs one computes and the
+    others wait. Raises InputError when no clip can be decoded or the cache cannot be written."""
+    modality = encoder.modality
+    key = [CACHE_FORMAT[modality], modality, encoder.hash]
+    features, bad = _cached(split, cache_dir, modality, key, encoder, encoder.encode_prepared, torch.float16)
     split.bad += [id for id in bad if id not in split.bad]
     split.clips = [clip for clip in split.clips if clip.id in features.index]
     return features
 
 
-def _build_features(path, split, encoder, modality, pool):
+def load_embeddings(split, clap, cache_dir):
+    """CLAP's embeddings (n, P) of the sounds of `split.clips`, from a file beside their features, or into it.
+
+    Raises InputError as load_features does, and for a clip that CLAP cannot take."""
+    key = [CACHE_FORMAT["clap"], "clap", clap.hash]
+    embeds, bad = _cached(split, cache_dir, "clap", key, clap, clap.embed_prepared, torch.float32)
+    if bad:
+        raise InputError(f"{next(iter(bad.values()))}; CLAP cannot judge it, take it out of the table")
+    return embeds.frames
+
+
+def judge_of(config, split, device, purpose="the reranker"):
+    """(embeddings of the sounds of a split (n, P), Clap) by the CLAP of a run's config; the first come from the cache.
+
+    Raises InputError, which names the purpose, where the run has no CLAP."""
+    clap = clap_of(config, device, purpose)
+    return load_embeddings(split, clap, config["cache"]), clap
+
+
+def _cached(split, cache_dir, kind, key, listener, encode, dtype):
+    """(Features of `encode`, {id of a bad clip: reason}) of the clips of a split.
+
+    listener: what prepares a clip, an Encoder or a Clap. encode: what comes of a list of prepared clips."""
+    folder = Path(cache_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(THREADS) as pool:
+            stamps = [_stamp(clip) for clip in split.clips]
+            path = folder / f"{kind}_{split.name}_{_sha([*key, stamps])[:32]}.safetensors"
+            cached = _read_features(path, split)
+            if cached is None:
+                cached = _build_features(path, split, _prepare_ahead(split.clips, listener, pool), encode, dtype)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read or written ({error.strerror})") from None
+    return cached
+
+
+def _build_features(path, split, jobs, encode, dtype):
     """As _read_features, after writing the file; if another job is writing it, waits for that."""
-    with _one_builder(path):
+    with _one_builder(path) as locked:
         cached = _read_features(path, split)
         if cached is None:
-            for tmp in path.parent.glob(f"{path.name}.tmp.*"):  # of a job that was killed
+            # of a job that was killed; without a lock they may be of one that runs
+            for tmp in path.parent.glob(f"{path.name}.tmp.*") if locked else ():
                 tmp.unlink()
-            _write_features(path, split, encoder, modality, pool)
+            _write_features(path, split, jobs, encode, dtype)
             cached = _read_features(path, split)
     return cached
 
 
-def _prepare(clip, encoder, modality):
-    """The clip, decoded and prepared for the encoder's model."""
-    if modality == "video":
-        return encoder.prepare(decode_video(clip.path, encoder.frames))
-    return encoder.prepare(decode_audio(clip.path, encoder.rate))
+def _prepare(clip, listener):
+    """The clip, decoded and prepared for a model."""
+    if listener.rate is None:
+        return listener.prepare(decode_video(clip.path, listener.frames))
+    return listener.prepare(decode_audio(clip.path, listener.rate))
 
 
-def _prepare_ahead(clips, encoder, modality, pool):
+def _prepare_ahead(clips, listener, pool):
     """Yield (clip, job that prepares it); threads are at most 4 * CHUNK clips ahead of the caller."""
     jobs = collections.deque()
     for clip in clips:
-        jobs.append((clip, pool.submit(_prepare, clip, encoder, modality)))
+        jobs.append((clip, pool.submit(_prepare, clip, listener)))
         if len(jobs) > 4 * CHUNK:
             yield jobs.popleft()
     while jobs:
         yield jobs.popleft()
 
 
-def _write_features(path, split, encoder, modality, pool):
+def _write_features(path, split, jobs, encode, dtype):
     """Encode a split into a cache file. While the model runs, threads prepare the next clips.
 
-    Frames go to an unnamed file as they come, so that memory does not grow with the split."""
-    jobs = _prepare_ahead(split.clips, encoder, modality, pool)
+    jobs: as _prepare_ahead yields them. Frames go to an unnamed file as they come, so that memory does not grow with the split."""
     lengths, ids, bad = [0], [], {}
     with tempfile.TemporaryFile(dir=path.parent) as file:
-        with tqdm(total=len(split.clips), desc=f"{modality} features, {split.name}", disable=None) as bar:
+        with tqdm(total=len(split.clips), desc=path.name.rpartition("_")[0], disable=None) as bar:
             while chunk := list(itertools.islice(jobs, CHUNK)):
                 clips, inputs = [], []
                 for clip, job in chunk:
@@ -898,26 +1382,23 @@ def _write_features(path, split, encoder, modality, pool):
                         clips.append(clip)
                     except InputError as error:
                         bad[clip.id] = str(error)
-                for clip, frames, embed in zip(clips, *encoder.encode_prepared(inputs)):
-                    frames = frames.half().contiguous()
-                    if not (frames.isfinite().all() and embed.isfinite().all()):
+                for clip, frames in zip(clips, encode(inputs)):
+                    frames = frames.reshape(-1, frames.shape[-1]).to(dtype).contiguous()
+                    if not frames.isfinite().all():
                         bad[clip.id] = f"{clip.path}: its features are not finite"
                         continue
-                    if not ids:  # many small tensors between the large ones would fragment the heap
-                        width, embeds = frames.shape[1], torch.empty(len(split.clips), len(embed))
+                    width = frames.shape[1]
                     file.write(frames.numpy())
-                    embeds[len(ids)] = embed
                     lengths.append(len(frames))
                     ids.append(clip.id)
                 bar.update(len(chunk))
-        reasons = [text.encode(errors="backslashreplace").decode() for text in bad.values()]
+        reasons = list(bad.values())
         if not ids:
             raise InputError(f"none of {len(split.clips)} clips can be decoded; first {reasons[0]}")
         if bad:
-            print(*reasons[:10], f"{len(bad)} of {len(split.clips)} clips are left out", sep="\n")
-        mapped = np.memmap(file, np.float16, "c").reshape(-1, width)
-        tensors = {"frames": torch.from_numpy(mapped), "offsets": torch.tensor(lengths).cumsum(0),
-                   "embeds": embeds[:len(ids)]}
+            print_escaped("\n".join([*reasons[:10], f"{len(bad)} of {len(split.clips)} clips are left out"]))
+        mapped = torch.from_numpy(np.memmap(file, np.uint8, "c")).view(dtype).reshape(-1, width)
+        tensors = {"frames": mapped, "offsets": torch.tensor(lengths).cumsum(0)}
         with _replacing(path) as tmp:
             save_file(tensors, tmp, {"ids": json.dumps(ids), "bad": json.dumps(bad)})
 
@@ -928,7 +1409,7 @@ def _read_features(path, split):
         with safe_open(path, "pt") as file:
             ids, bad = (json.loads(file.metadata()[key]) for key in ("ids", "bad"))
             spans = list(itertools.pairwise(file.get_tensor("offsets").tolist()))
-            features = Features(file.get_tensor("frames"), spans, file.get_tensor("embeds"), ids)
+            features = Features(file.get_tensor("frames"), spans, ids)
         older = bad and isinstance(bad, list)  # a version that could not decode some of these clips
         if not older and ids == [clip.id for clip in split.clips if clip.id not in bad]:
             return features, bad
@@ -936,34 +1417,17 @@ def _read_features(path, split):
         return None
     except (SafetensorError, ValueError, KeyError, TypeError):
         pass
-    _print_once(f"{path}: is damaged or of an older version, and is built again")
+    print_once(f"{path}: is damaged or of an older version, and is built again")
 
 
-def _file_hashes(split, folder, pool):
-    """{clip id: sha256 of its file}, kept in `folder` while size and time stay: reading all takes long."""
-    memo = folder / f"files_{split.hash[:32]}.json"
+def _stamp(clip):
+    """[id, size, time of change] of a clip: to read all bytes of a data set takes longer than to encode some."""
     try:
-        known = json.loads(_text(memo))
-    except ValueError:  # InputError when it is absent
-        known = {}
-    jobs = {clip.id: pool.submit(_hash_file, clip.path, known.get(clip.id)) for clip in split.clips}
-    entries = {id: job.result() for id, job in jobs.items()}
-    if entries != known:
-        write_json(memo, entries)
-    return {id: entry[3] for id, entry in entries.items()}
-
-
-def _hash_file(path, known):
-    """[real path, size, time of change, sha256] of a file: `known` if the first three are the same."""
-    try:
-        stat = os.stat(path)
-        stamp = [os.path.realpath(path), stat.st_size, stat.st_mtime_ns]
-        if known and known[:3] == stamp:
-            return known
-        with open(path, "rb") as file:
-            return [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
-    except OSError as error:  # decoding will report it
-        return [str(path), 0, 0, error.strerror]
+        stat = os.stat(clip.path)
+        return [clip.id, stat.st_size, stat.st_mtime_ns]
+    except OSError:
+        # decoding will report it
+        return [clip.id, 0, 0]
 
 
 # ---------------------------------------------------------------- the frozen backbone
@@ -975,7 +1439,8 @@ VIDEO_PROMPT = "Describe the video."
 class Backbone:
     """A frozen LLaVA: .llava, .decoder (what a fusion attaches to), .tokenizer, .device.
 
-    Prompts and answers are written as the checkpoint's own chat template writes them.
+    Prompts and answers are written as the checkpoint's own chat template writes them. When it is made it answers
+    a question about an image: that is when a wrong checkpoint should fail, and not after hours of training.
     Raises InputError when it cannot be loaded or its parts do not fit together."""
 
     def __init__(self, path, device, dtype="auto"):
@@ -996,12 +1461,17 @@ class Backbone:
         first = self.tokenizer("question").input_ids[:1]
         adds_bos = first == [self.tokenizer.bos_token_id]
         self.bos = self.tokenizer.bos_token if adds_bos else ""
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        special.add(self.processor.image_token)
+        self.special = re.compile("|".join(re.escape(token) for token in special if len(token) > 2))
         self._check_images()
         self.before_answer, self.eos = self._answer_format()
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.eos)
         self.pad = self.tokenizer.pad_token_id
-        self.placeholder = self.pad  # for concat; a word repeated sixteen times derails a small decoder
+        # for concat; a word repeated sixteen times derails a small decoder
+        self.placeholder = self.pad
+        self._answer_about_image()
 
     def _check_images(self):
         """Tell the processor what old checkpoints leave out: how many tokens an image takes."""
@@ -1020,6 +1490,21 @@ class Backbone:
             raise InputError(f"{self.path}: a question about an image must hold one token {image}, "
                              f"{processor.image_token} ({reason}); the folder needs the model's "
                              "own tokenizer and chat_template.jinja")
+
+    def _answer_about_image(self):
+        """Compute one token of an answer about a made-up image; raises InputError where that fails."""
+        from PIL import Image
+        file = io.BytesIO()
+        Image.new("RGB", (64, 48)).save(file, "PNG")
+        try:
+            ids, pixels, _ = self.encode("question", file)
+            pixels = pixels[None].to(self.device, self.llava.dtype)
+            with torch.inference_mode(), self.autocast():
+                self.llava(input_ids=torch.tensor([ids], device=self.device), pixel_values=pixels, logits_to_keep=1)
+        except UNFIT as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{self.path}: cannot answer a question about an image ({reason}); its parts do not "
+                             "fit together, or the device has too little memory") from None
 
     def _answer_format(self):
         """(text between a prompt and its answer, id of the token that ends an answer).
@@ -1054,7 +1539,10 @@ class Backbone:
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019  filling the template takes .2 ms
     def chat(self, text, image=False, answer=None):
-        """A user's turn in the model's own chat format, up to the answer, or with it."""
+        """A user's turn in the model's own chat format, up to the answer, or with it.
+
+        Raises InputError where the text holds a special token."""
+        self._refuse_special(text)
         question = [{"type": "image"}] * image + [{"type": "text", "text": text}]
         turns = [{"role": "user", "content": question}]
         if answer is not None:
@@ -1062,25 +1550,42 @@ class Backbone:
         chat = self.processor.apply_chat_template(turns, add_generation_prompt=answer is None)
         return chat.removeprefix(self.bos)
 
-    def prompt(self, text, placeholders=0):
-        """Token ids of a prompt without an image, and the positions of its placeholders.
+    def _refuse_special(self, text):
+        """In a person's text <image> would be an image and </s> an end; neither can be meant."""
+        if token := self.special.search(text):
+            raise InputError(f"{text[:80]!r} holds {token[0]}, a special token of {self.path}; take it out of "
+                             "the data")
 
-        The placeholders are where an image would be; None where there are none."""
-        if not placeholders:
-            return self.tokenizer(self.chat(text)).input_ids, None
-        ids = self.tokenizer(self.chat(text, image=True)).input_ids
-        first = ids.index(self.llava.config.image_token_id)
-        ids[first:first + 1] = [self.placeholder] * placeholders
-        return ids, list(range(first, first + placeholders))
+    def encode(self, text, image=None, placeholders=0):
+        """(ids, pixels, slots) of a question's prompt; image: a path, or an open file.
+
+        ids: token ids, an image's tokens among them. pixels: (3, height, width), None without an image.
+        slots: positions of the placeholders, which are before the image or where one would be; None for 0."""
+        image_token, pixels, slots = self.llava.config.image_token_id, None, None
+        if image is not None:
+            inputs = self.processor(text=self.chat(text, image=True), images=open_image(image), return_tensors="pt")
+            ids, pixels = inputs["input_ids"][0].tolist(), inputs["pixel_values"][0]
+        else:
+            ids = self.tokenizer(self.chat(text, image=placeholders > 0)).input_ids
+        if placeholders:
+            first = ids.index(image_token)
+            # the token alone stands for an image that is not there
+            ids[first:first + (image is None)] = [self.placeholder] * placeholders
+            slots = list(range(first, first + placeholders))
+        return ids, pixels, slots
 
     def caption_ids(self, text, caption):
-        """Token ids of a caption as the answer to a prompt, with the end token."""
+        """Token ids of a caption as the answer to a prompt, with the end token.
+
+        Raises InputError where the caption holds a special token."""
+        self._refuse_special(caption)
         prompt = self.tokenizer(self.chat(text)).input_ids
         answer = self.before_answer + caption
         whole = self.tokenizer(self.chat(text) + answer).input_ids
         if whole[:len(prompt)] == prompt:
             ids = whole[len(prompt):]
-        else:  # the tokenizer joins the prompt's end and the caption's beginning
+        else:
+            # the tokenizer joins the prompt's end and the caption's beginning
             ids = self.tokenizer(answer, add_special_tokens=False).input_ids
         return ids + [self.eos]
 
@@ -1093,9 +1598,32 @@ def load_backbone(path, device, dtype="auto"):
     return Backbone(path, device, dtype)
 
 
-@functools.lru_cache(maxsize=2)
-def load_encoder(path, modality, device):
-    return (VideoEncoder if modality == "video" else AudioEncoder)(path, device)
+@dataclass
+class Inputs:
+    """The clips of a split, and what the encoder of each run that is attached makes of them."""
+    split: Split
+    prompts: list   # texts, one a clip
+    encoders: list  # of the run itself, then of those attached beside it
+    frames: list    # Features in the same order, each with one element a clip
+
+
+def load_inputs(configs, split, device):
+    """Inputs of the clips that all encoders can read.
+
+    configs: of the run, then of those attached beside it. split: a Split, or a name; then it is read where the
+    first config says."""
+    own = configs[0]
+    if isinstance(split, str):
+        split = read_split(own["dataset"], own["data"], split)
+    encoders, features = [], []
+    for config in configs:
+        encoder = load_encoder(config["encoder"], config["modality"], device)
+        encoders.append(encoder)
+        features.append(load_features(split, encoder, config["cache"]))
+    # only now does the split hold the clips that every encoder can read
+    frames = [f.of(split.clips) for f in features]
+    prompts = [clip.question or own["prompt"] for clip in split.clips]
+    return Inputs(split, prompts, encoders, frames)
 
 
 def default_device():
@@ -1122,3 +1650,749 @@ def from_folder(path, folder):
     """A path that was given in `folder`: as it is if it exists here or is absolute, else from there."""
     there = os.path.join(folder, path)
     return path if os.path.exists(path) or not os.path.exists(there) else there
+
+
+# ---------------------------------------------------------------- unpack: data sets from the hub
+
+PLAIN_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+                "test": "test", "testing": "test"}  # beside these, dev and eval have other meanings than Clotho's
+COLUMNS = {  # what a column is for: its name, in lower case and without _ and the like
+    "youtube": "youtubeid|ytid|ytvideoid|youtubevideoid",
+    "video": "videoid",  # YouTube's beside a start time
+    "start": "start|starts|startsec|startseconds?|starttime|starttimes|starttimeseconds?|(start|starttime)ms",
+    "name": "audioname|audiofilename|audiofile|audioid|filename|fname|soundname|wavname|clipname|clipid",
+    "path": "(audio|sound|wav|flac|file|audiofile)?(file)?path|file",
+    "counter": "index|idx|id|uid|key",
+    "number": "audiocapid|audiocapsid",
+    "split": "split|subset",
+    "language": "language|lang|locale|languagecode|langcode",
+    "rate": "samplingrate|samplerate|sr",
+}
+REFERENCES = ("captions?[0-9]*|rawtexts?|rawcaptions?", "captions?(en|eng|english)|(en|eng|english)captions?",
+              "en|eng|english", "target", "references?|groundtruths?", "answers?", "descriptions?|sentences?",
+              "raw", "txt|texts?|json")  # a file's captions are all columns of the first kind that it has
+SOUNDS = ("audio", "(audio|sound|wav|flac|mp3|ogg|opus|m4a|context|speech|wave|waveform)(s|file|bytes|data)?",
+          "bytes|data|content|array|samples", ".*(audio|sound|wav).*", "(?!.*(image|img|picture|photo|video|mp4)).*",
+          ".*(video|mp4)")  # the first that is there; a picture is none
+PATHS = "audio|sound|wav|flac|mp3|source"  # text in them is the path of a sound, as in those with a path or name
+LANGUAGES = ("english french german spanish italian portuguese dutch chinese mandarin japanese korean arabic hindi "
+             "russian turkish polish swedish finnish greek czech vietnamese indonesian bengali urdu thai persian "
+             "en fr de es it pt nl zh ja ko ar hi ru tr pl sv fi el cs vi id bn ur th fa").split()
+ROWS = 16  # that are in memory at once; a sound may have 10 MB
+CAPTION_CHARACTERS = 2000  # as _clean allows when the tables are read
+
+
+def _plain(name):
+    return re.sub("[^a-z0-9]", "", str(name).lower())
+
+
+def _is_english(language):
+    return re.match("en(g|glish)?([^a-z]|$)", language.strip().lower())
+
+
+def unpack(sources, out):
+    """Parquet or JSONL files, or folders of them, become a data set in the folder `out` that read_split reads.
+
+    It is in AudioCaps's layout where they have YouTube ids, else in Clotho's. Each sound is written once, with
+    its own bytes; the tables come last. Started again it goes on, and ends in the same files. Raises InputError
+    for files without sound or captions, and for a folder that holds anything else."""
+    out = Path(out)
+    state = out / "unpack.json"
+    try:
+        files = _english_files(_find_sources(sources))
+        _note_missing_shards([path for path, _ in files])
+        fingerprints = [_fingerprint(path, root) for path, root in files]
+        done = _read_state(state, fingerprints)
+        if done:
+            print(f"{out}: is unpacked already", *done, sep="\n")
+            return
+        # a mistake in them leaves no folder
+        files, columns, count = _plan(files)
+        out.mkdir(parents=True, exist_ok=True)
+        with _one_builder(state):
+            write_json(state, {"sources": fingerprints})
+            for tmp in [*out.glob("*.tmp.*"), *out.glob("*/*.tmp.*")]:  # of a process that was killed
+                tmp.unlink()
+            writer = _Writer(out, any(columns[path]["youtube"] for path, _ in files))
+            _write_sounds(files, columns, count, writer)
+            printed, written = writer.finish()
+            write_json(state, {"sources": fingerprints, "printed": printed, "written": written})
+        print(*printed, sep="\n")
+    except OSError as error:
+        raise InputError(f"{error.filename or out}: cannot be read or written ({error.strerror})") from None
+
+
+def _find_sources(sources):
+    """[(file, the folder it was found in)] of the parquet files in `sources`, else of the JSONL files."""
+    found = {".parquet": [], ".jsonl": []}
+    for source in map(Path, sources):
+        if not source.exists():
+            raise InputError(f"{source}: no such file or folder")
+        root = source if source.is_dir() else source.parent
+        for path in sorted(_walk(source, {}) if source.is_dir() else [source]):
+            suffix = path.suffix.lower()
+            if suffix not in found and path == source:
+                suffix = ".jsonl"  # a file that was asked for, whatever its name
+            if suffix in found:
+                found[suffix].append((path, root))
+    files = found[".parquet"] or found[".jsonl"]  # a repository of parquet may have metadata.jsonl beside it
+    if not files:
+        raise InputError(f"{', '.join(map(str, sources))}: holds neither .parquet nor .jsonl; give the folder "
+                         "that `hf download` wrote, or a file in it")
+    return files
+
+
+def _english_files(files):
+    """The files without those whose names say another language, where other names say English."""
+    english, other = [], set()
+    for path, root in files:
+        words = re.split(r"[-_. /\\]", str(path.relative_to(root)).lower())
+        languages = [word for word in words if word in LANGUAGES]
+        if languages and _is_english(languages[-1]):
+            english.append(path)
+        elif languages:
+            other.add(path)
+    if not english or not other:
+        return files
+    print(f"{len(other)} files, such as {min(other)}, are left out: {english[0]} is the English one")
+    return [(path, root) for path, root in files if path not in other]
+
+
+def _note_missing_shards(paths):
+    """Print which of train-00000-of-00003 and the like are not there: the data set is then a part of it."""
+    shards = {}
+    for path in paths:
+        if match := re.match(r"(.*)-(\d+)-of-(\d+)", path.name):
+            shards.setdefault((path.parent / match[1], int(match[3])), set()).add(int(match[2]))
+    for (prefix, total), there in shards.items():
+        if len(there) < total:
+            print(f"{prefix}: {len(there)} of {total} files are there; the others may have to be downloaded")
+
+
+def _fingerprint(path, root):
+    """[name, size, sha256] of a file, in parquet of its end, where the statistics are: it may have 500 MB."""
+    with open(path, "rb") as file:
+        if file.read(19) == b"version https://git":
+            raise InputError(f"{path}: is Git LFS's pointer to the file; get the file itself with `hf download`")
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 65536) if _is_parquet(path) else 0)
+        return [path.relative_to(root).as_posix(), size, hashlib.sha256(file.read()).hexdigest()]
+
+
+def _read_state(state, sources):
+    """What was printed when these sources were unpacked beside `state`, None if that is still to be done.
+
+    Raises InputError if the folder is of something else."""
+    out = state.parent
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; give a new folder")
+    if not state.exists():
+        others = [name for name in (os.listdir(out) if out.exists() else []) if not name.startswith("unpack.")]
+        if others:
+            raise InputError(f"{out}: holds something else, such as {ascii(min(others))}; give a new folder")
+        return None
+    try:
+        done = json.loads(_text(state))
+        same, written = done["sources"] == sources, done.get("written")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        same, written = False, None
+    if not same:
+        if all(name.startswith("unpack.") for name in os.listdir(out)):
+            return None  # an earlier start found nothing to write
+        raise InputError(f"{out}: was unpacked from other files than these; give a new folder")
+    for name, count in (written or {}).items():
+        path = out / name
+        if not path.exists() or path.is_dir() and len(os.listdir(path)) < count:
+            return None
+    return done.get("printed")
+
+
+def _is_parquet(path):
+    return path.suffix.lower() == ".parquet"
+
+
+def _plan(files):
+    """(files, {path: its columns}, number of rows of all), without the files that lack sounds or captions.
+
+    Raises InputError if that leaves none, and if some have YouTube ids and others have not."""
+    columns, count, useless = {}, 0, []
+    for path, _ in files:
+        columns[path], rows = _parquet_columns(path) if _is_parquet(path) else _json_columns(path)
+        if isinstance(columns[path], str):
+            useless.append(columns.pop(path))
+        else:
+            count += rows
+    if not columns:
+        raise InputError(useless[0])
+    if useless:
+        print(f"{useless[0]}; {len(useless)} of {len(files)} files are left out")
+    with_ids = [path for path in columns if columns[path]["youtube"]]
+    without = [path for path in columns if not columns[path]["youtube"]]
+    if with_ids and without:
+        raise InputError(f"{with_ids[0]} has YouTube ids and {without[0]} has none, so they are two data sets; "
+                         "unpack one at a time")
+    if with_ids and not columns[with_ids[0]]["start"]:
+        print(f"{with_ids[0]}: has no start times; the tables have 0 in their place")
+    return [file for file in files if file[0] in columns], columns, count
+
+
+def _write_sounds(files, columns, count, writer):
+    """Read all rows; the writer keeps their captions and writes their sounds."""
+    splits = _file_splits(files)
+    with tqdm(total=count, desc="unpacking", unit=" rows", disable=None) as bar:
+        for path, root in files:
+            rows = _parquet_rows(path, columns[path]) if _is_parquet(path) else _json_rows(path)
+            for location, cells in rows:
+                split = _row_split(cells, columns[path]) or splits[path] or "train"
+                row = _read_row(location, cells, columns[path], (path.parent, root), writer.left_out)
+                if row and row.key:
+                    writer.add(split, row, location)
+                bar.update()
+
+
+def _split_word(text):
+    """The word in a name that says which split it is: a plain one before Clotho's own, or None."""
+    words = re.findall("[a-z]+", text.lower())
+    for known in (PLAIN_SPLITS, FOLDERS):
+        for word in words:
+            if word in known:
+                return word
+    return None
+
+
+def _file_splits(files):
+    """{path: split, or None} by the file's name, else by the deepest folder whose name says it."""
+    words = {}
+    for path, root in files:
+        names = [path.name, *(parent.name for parent in path.parents if parent != root and root in parent.parents)]
+        if root.resolve().name.lower() in FOLDERS | PLAIN_SPLITS:  # only then is it more than a name
+            names.append(root.resolve().name)
+        words[path] = next(filter(None, map(_split_word, names)), None)
+    seen, meaning = set(words.values()), FOLDERS | PLAIN_SPLITS
+    has = {PLAIN_SPLITS.get(word) for word in seen}
+    if "val" not in has:
+        # Clotho trains on dev and tests on eval; beside a train or a test these are for validation
+        if "train" in has:
+            meaning |= {"dev": "val", "development": "val"}
+        if "test" in has and not seen & {"dev", "development"}:
+            meaning |= {"eval": "val", "evaluation": "val"}
+    return {path: word and meaning[word] for path, word in words.items()}
+
+
+def _row_split(row, columns):
+    """The split in a column of that name, where it is one word: a file may hold all three."""
+    word = str(columns["split"] and row[columns["split"]]).strip().lower()
+    return (FOLDERS | PLAIN_SPLITS).get(word)
+
+
+# ------------------------------------- which column is what
+
+def _choose_columns(path, kinds):
+    """{role: column or None} and "references": columns, from {column: "sound", "numbers", "text" or None}.
+
+    Where there are no sounds or no captions: a text that says so."""
+    columns = {}
+    for role, names in COLUMNS.items():
+        matching = [column for column in kinds if re.fullmatch(names, _plain(column))]
+        columns[role] = matching[0] if matching else None
+    if not columns["youtube"] and columns["start"]:
+        columns["youtube"] = columns["video"]
+    texts = [column for column in kinds if kinds[column] == "text"]
+    columns["references"] = _reference_columns(texts)
+    columns["sound"] = _sound_column(kinds)
+    for role, missing in (("sound", "is no sound"), ("references", "are no captions")):
+        if not columns[role]:
+            return f"{path}: there {missing} in it (its columns: {', '.join(map(ascii, kinds))[:300]})"
+    return columns
+
+
+def _reference_columns(names):
+    """The names of the first kind in REFERENCES that is among them; caption_2 before caption_10."""
+    for kind in REFERENCES:
+        matching = [name for name in names if re.fullmatch(kind, _plain(name))]
+        if matching:
+            return sorted(matching, key=lambda name: int("0" + re.sub("[^0-9]", "", name)))
+    return []
+
+
+def _sound_column(kinds):
+    """The column that holds sounds, else samples, else the paths of sounds; None if there is none."""
+    ranks = {}
+    for column, kind in kinds.items():
+        name = _plain(column)
+        likely = [rank for rank, names in enumerate(SOUNDS) if re.fullmatch(names, name)]
+        if kind == "sound" and likely:
+            ranks[column] = likely[0]
+        elif kind == "numbers" and likely and likely[0] < 3:
+            ranks[column] = 10 + likely[0]
+        elif kind == "text":
+            for rank, names in enumerate((PATHS, COLUMNS["path"], COLUMNS["name"])):
+                if re.fullmatch(names, name):
+                    ranks.setdefault(column, 20 + rank)
+    return min(ranks, key=ranks.get, default=None)
+
+
+def _parquet():
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError("parquet needs pyarrow, which is not installed: pip install pyarrow") from None
+    return pyarrow
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:200]
+
+
+def _parquet_columns(path):
+    """(columns, number of rows) of a parquet file."""
+    pyarrow = _parquet()
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            schema, count = file.schema_arrow, file.metadata.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: cannot be read as parquet ({_one_line(error)})") from None
+    kinds = {}
+    for column in schema:
+        kinds[column.name] = _arrow_kind(pyarrow.types, column.type)
+    return _choose_columns(path, kinds), count
+
+
+def _arrow_kind(types, type):
+    """What a column may hold: "sound", samples as "numbers", "text", or None for what we do not read."""
+    if types.is_struct(type):
+        names = {child.name for child in type}
+        return "sound" if names & {"bytes", "array"} or names <= {"path", "sampling_rate"} else "text"
+    if "list" in str(type).split("<")[0]:
+        inner = "numbers" if types.is_primitive(type.value_type) else _arrow_kind(types, type.value_type)
+        return None if inner == "sound" else inner
+    if types.is_dictionary(type):
+        type = type.value_type
+    return "sound" if "binary" in str(type) else "text" if "string" in str(type) else None
+
+
+def _parquet_rows(path, columns):
+    """Yield ("file: row n", {column: value}) for each row; only the columns in use are read, ROWS at a time."""
+    pyarrow = _parquet()
+    names = {name for role, name in columns.items() if name and role != "references"} | {*columns["references"]}
+    number = 0
+    try:
+        # page by page, not a row group at once. The hub's files have a row group's sounds in one page, of which
+        # pyarrow needs two copies; asked for all groups it would read the next while it holds the last
+        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(ROWS, [group], sorted(names), use_threads=False):
+                    sounds = batch.column(columns["sound"])
+                    rest = batch.select(sorted(names - {columns["sound"]})).to_pylist()
+                    for n in range(batch.num_rows):
+                        number += 1
+                        row = rest[n] if rest else {}
+                        row[columns["sound"]] = _arrow_value(sounds[n])
+                        yield f"{path}: row {number}", row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as parquet after row {number} "
+                         f"({_one_line(error)})") from None
+
+
+def _arrow_value(value):
+    """A sound's value as Python has it; samples as an array, for as numbers they take 60 times the memory."""
+    if not value.is_valid:
+        return None
+    if hasattr(value, "items"):  # a struct
+        return {name: _arrow_value(item) for name, item in value.items()}
+    if not hasattr(value, "values"):
+        return value.as_py()
+    if hasattr(value.type.value_type, "value_type"):  # a list of channels
+        return _array([_arrow_value(channel) for channel in value.values])
+    return value.values.to_numpy(zero_copy_only=False)
+
+
+def _array(channels):
+    """Numbers, or channels of them, as an array; None where the channels differ in length."""
+    try:
+        return np.array(channels)
+    except ValueError:
+        return None
+
+
+def _json_columns(path):
+    """(columns, number of rows) of a JSONL file."""
+    kinds, count = {}, 0
+    for location, record in _records(path):
+        if not isinstance(record, dict):
+            raise InputError(f"{location}: is no object with a sound and its caption, such as key, source, target")
+        count += 1
+        for name, value in record.items():
+            kinds[name] = kinds.get(name) or _json_kind(value)
+    return _choose_columns(path, kinds), count
+
+
+def _json_kind(value):
+    if isinstance(value, dict):
+        return "sound" if value.keys() & {"array", "path"} else "text"
+    if isinstance(value, list):
+        kinds = [_json_kind(item) for item in value[:1]]
+        return "numbers" if kinds == ["numbers"] or value and isinstance(value[0], int | float) else "text"
+    return "text" if isinstance(value, str) else None
+
+
+def _json_rows(path):
+    for location, record in _records(path):
+        yield location, collections.defaultdict(lambda: None, record)  # a record may lack what others have
+
+
+# ------------------------------------- a row
+
+@dataclass
+class _Row:
+    captions: list[str]
+    sound: bytes | Path | None
+    key: tuple | None  # what the rows of one clip have in common; None: nothing says which clip it is
+    stem: str  # a name for the clip, as the row has it
+    youtube: str | None = None
+    start: float = 0
+    number: str | None = None  # audiocap_id
+    suffix: str = ""
+    mark: str = ""  # of the sound: sha256 of its bytes, or its path
+
+
+def _read_row(location, cells, columns, folders, left_out):
+    """A _Row, or None where it has no place; what it lacks is counted in left_out."""
+    values = {}
+    for role in COLUMNS:
+        values[role] = _name_in(cells[columns[role]]) if columns[role] else None
+    language = values["language"] or ""
+    if re.search("[a-z]", language.lower()) and not _is_english(language):  # a number names none
+        left_out.count("rows are not in English", location)
+        return None
+    start = 0.0
+    if values["youtube"] and columns["start"]:
+        start = _seconds(values["start"], columns["start"])
+        if start is None:
+            left_out.count("rows have no start time, or one that is no number of seconds", location)
+            return None
+    captions = []
+    for column in columns["references"]:
+        for text in _texts(cells[column]):
+            if len(text) <= CAPTION_CHARACTERS:
+                captions += filter(None, [_clean(location, text)])
+            else:
+                left_out.count(f"captions have more than {CAPTION_CHARACTERS:,} characters", location)
+    if not captions:
+        left_out.count("rows have no caption", location)
+    sound, path = _sound(cells[columns["sound"]], values["rate"], folders)
+    suffix, mark = "", ""
+    if sound is None:
+        left_out.count("rows have no sound", f"{location}, {ascii(path)} is not there" if path else location)
+    else:
+        suffix = _suffix(sound)
+        mark = hashlib.sha256(sound).hexdigest() if isinstance(sound, bytes) else os.path.realpath(sound)
+        if not suffix:
+            left_out.count("rows have a sound in no known format", location)
+            sound = None
+    key, stem = _identify(values, path or values["path"], len(captions), start, sound, mark)
+    return _Row(captions, sound, key, stem, values["youtube"], start, values["number"], suffix, mark)
+
+
+def _identify(values, path, captions, start, sound, mark):
+    """(what the rows of a clip have in common, or None; a name for the clip) of a row."""
+    base = path and re.split(r"[/\\]", path)[-1]
+    stem = _stem(re.split(r"[/\\]", values["name"] or base or values["counter"] or "")[-1])[0]
+    if not stem and isinstance(sound, bytes):
+        stem = mark[:16]
+    key = None
+    if values["youtube"]:
+        key = "youtube", values["youtube"], start
+    elif values["name"]:
+        key = "name", values["name"]
+    elif sound is not None and base:
+        key = "path", base, mark  # the bytes too: every row's file may be called audio.wav
+    elif sound is not None:
+        # beside a single caption an index may count captions, not clips; the bytes tell them apart
+        key = "bytes", values["counter"] if captions > 1 else None, mark
+    return key, stem
+
+
+def _name_in(value):
+    """A name or number in a cell as text; None where it is empty."""
+    if isinstance(value, float):
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value
+    if not isinstance(value, str | int | float):
+        return None
+    return str(value).strip() or None
+
+
+def _seconds(value, column):
+    """A start time as AudioCaps's tables may have it, else None."""
+    try:
+        seconds = round(float(value), 3) / (1000 if _plain(column).endswith("ms") else 1)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return seconds if 0 <= seconds < 100_000 else None
+
+
+def _texts(value):
+    """The captions in a cell: a text, a list, a list as text, records with a caption (and perhaps a language)."""
+    if isinstance(value, str):
+        if value.strip()[:1] in ("[", "{"):
+            for parse in (json.loads, ast.literal_eval):
+                with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                    if isinstance(inner := parse(value.strip()), list | dict) and (texts := _texts(inner)):
+                        return texts
+        return [value]
+    texts = []
+    if isinstance(value, list):
+        for item in value:
+            texts += _texts(item)
+    elif isinstance(value, dict):
+        for name in value:
+            if re.fullmatch(COLUMNS["language"], _plain(name)) and not _is_english(str(value[name] or "en")):
+                return []
+        for name in _reference_columns(value):
+            texts += _texts(value[name])
+    return texts
+
+
+def _sound(value, rate, folders):
+    """(bytes, the path of a file, or None; the path in the cell or None) of a sound's cell."""
+    path = None
+    if isinstance(value, dict):
+        path, rate = value.get("path"), value.get("sampling_rate", rate)
+        content, samples = value.get("bytes"), value.get("array")
+        value = content or (path if samples is None else samples)
+    if isinstance(value, list | np.ndarray):
+        samples = _array(value)
+        if samples is None:
+            return None, path
+        # bytes may be stored as a list of small numbers
+        content = samples.tobytes() if samples.dtype == np.uint8 else b""
+        return content if _suffix(content) else _wav(samples, rate), path
+    if isinstance(value, bytes) and value:
+        return value, path
+    if isinstance(value, str) and value:
+        for folder in folders:
+            for name in (value, re.split(r"[/\\]", value)[-1]):
+                if os.path.isfile(folder / name):
+                    return folder / name, value
+        return None, value
+    return None, path
+
+
+def _wav(samples, rate):
+    """Samples, (samples,) or (channels, samples), as the bytes of a WAV file; None without samples or rate."""
+    has_rate = re.fullmatch(r"[1-9]\d*(\.0*)?", str(rate))
+    if not samples.size or not has_rate or samples.ndim > 2 or samples.dtype.kind not in "fiu":
+        return None
+    if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
+        samples = samples.T
+    if samples.dtype.kind == "f":
+        samples = samples.astype(np.float32)
+    elif samples.dtype != np.int16:
+        samples = samples.astype(np.int16 if np.abs(samples.astype(np.int64)).max() < 32768 else np.int32)
+    file = io.BytesIO()
+    scipy.io.wavfile.write(file, int(float(rate)), samples)
+    return file.getvalue()
+
+
+def _suffix(sound):
+    """The extension that fits a sound's first bytes; "" if no known format begins like that."""
+    if isinstance(sound, bytes):
+        head = sound[:1 << 16]
+    else:
+        with open(sound, "rb") as file:
+            head = file.read(1 << 16)
+    if head.startswith(b"ID3") and len(head) > 10:
+        tag = 0
+        for byte in head[6:10]:
+            tag = tag << 7 | byte & 127
+        after = sound[10 + tag:][:4] if isinstance(sound, bytes) else head[10 + tag:][:4]
+        return ".flac" if after == b"fLaC" else ".aac" if _is_adts(after) else ".mp3"
+    if head[:4] in (b"RIFF", b"RF64", b"BW64"):
+        return {b"WAVE": ".wav", b"AVI ": ".avi"}.get(head[8:12], "")
+    if head[4:8] == b"ftyp":
+        return {b"M4A ": ".m4a", b"M4B ": ".m4a", b"qt  ": ".mov"}.get(head[8:12], ".mp4")
+    if head[:4] == b"\x1aE\xdf\xa3":
+        return ".webm" if b"webm" in head[:128] else ".mkv"
+    if head[:4] == b"FORM":
+        return ".aif" if head[8:12] in (b"AIFF", b"AIFC") else ""
+    if head[:4] == b"OggS":
+        return ".opus" if b"OpusHead" in head[:128] else ".ogg"
+    for start, suffix in ((b"fLaC", ".flac"), (b".snd", ".au"), (b"FLV\1", ".flv"), (b"0&\xb2u\x8ef\xcf\x11", ".wma"),
+                          (b"\0\0\1\xba", ".mpg")):
+        if head.startswith(start):
+            return suffix
+    head = head.lstrip(b"\0")  # some encoders write zeros first
+    if _is_adts(head):
+        return ".aac"
+    is_mpeg = head[:1] == b"\xff" and len(head) > 3 and head[1] & 0xe0 == 0xe0 and head[1] >> 1 & 3 in (1, 2)
+    return ".mp3" if is_mpeg and head[2] >> 4 not in (0, 15) else ""
+
+
+def _is_adts(head):
+    return head[:1] == b"\xff" and len(head) > 1 and head[1] & 0xf6 == 0xf0
+
+
+# ------------------------------------- the folder
+
+@dataclass
+class _Unpacked:
+    name: str  # AudioCaps's youtube_id; else the file's name without its extension
+    start: str | None  # of AudioCaps, as in the table
+    captions: dict = field(default_factory=dict)  # {caption: audiocap_id or None}, in order
+    suffix: str | None = None  # None: no row had its sound so far
+    mark: str = ""
+
+    @property
+    def file_name(self):
+        return f"{self.name}{'' if self.start is None else '_' + self.start}{self.suffix}"
+
+
+class _LeftOut(dict):
+    """{what rows lack: [how many, where the first is]}"""
+
+    def count(self, reason, location):
+        self.setdefault(reason, [0, location])[0] += 1
+
+    def lines(self):
+        return [f"{count:,} {reason}; first {location}" for reason, (count, location) in sorted(self.items())]
+
+
+class _Writer:
+    """A data set on its way into a folder: its clips, the names in use, and what was left out."""
+
+    def __init__(self, out, audiocaps):
+        self.out, self.audiocaps = out, audiocaps
+        self.clips = {"train": {}, "val": {}, "test": {}}
+        self.owners = {}  # (split, name): what has it
+        self.left_out = _LeftOut()
+
+    def folder(self, split):
+        return self.out / (split if self.audiocaps else CLOTHO[split])
+
+    def add(self, split, row, location):
+        """Take a row's captions, and its sound unless an earlier row of the clip had it."""
+        clips = self.clips[split]
+        if row.key not in clips:
+            start = f"{row.start:.3f}".rstrip("0").rstrip(".") if self.audiocaps else None
+            owner = row.youtube or row.key
+            clips[row.key] = _Unpacked(self.free_name(split, row.youtube or row.stem, owner), start)
+        clip = clips[row.key]
+        for n, caption in enumerate(row.captions):
+            clip.captions.setdefault(caption, row.number if n == 0 else None)
+        if row.sound is None:
+            return
+        if clip.suffix is None:
+            clip.suffix, clip.mark = row.suffix, row.mark
+            self.write(self.folder(split) / clip.file_name, row.sound)
+        elif clip.mark != row.mark:
+            self.left_out.count("rows have another sound than their clip's first row, whose sound is taken", location)
+
+    def free_name(self, split, name, owner):
+        """A file name near `name` that leads nowhere, works on every system, and is nothing else's."""
+        name = unicodedata.normalize("NFC", re.split(r"[/\\]", name)[-1])
+        name = re.sub("[\u200b-\u200f\ufeff]", "", re.sub(r"\s+", " ", name))
+        name = "".join(c if c.isprintable() and c not in '<>:"|?*' else "_" for c in name)
+        name = name.encode()[:160].decode(errors="ignore").strip(" .")
+        if not name or re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name.lower()):
+            name = f"clip_{name}".rstrip("_")
+        free, n = name, 1
+        # YouTube's ids differ in case; names in Clotho's layout may lie on a disk that knows none
+        while self.owners.setdefault((split, free if self.audiocaps else free.lower()), owner) != owner:
+            n += 1
+            free = f"{name}_{n}"
+        return free
+
+    def write(self, path, sound):
+        """Write a sound; one that is there was written whole by an earlier start."""
+        size = len(sound) if isinstance(sound, bytes) else os.path.getsize(sound)
+        if path.exists() and path.stat().st_size == size:
+            return
+        path.parent.mkdir(exist_ok=True)
+        with _replacing(path) as tmp:
+            if isinstance(sound, bytes):
+                tmp.write_bytes(sound)
+                return
+            try:
+                os.link(os.path.realpath(sound), tmp)  # takes no room
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(sound, tmp)
+
+    def finish(self):
+        """Write the tables of the clips that have captions and a sound.
+
+        Returns lines that say what there is, and {table or folder: its number of clips}."""
+        usable = {}
+        for split, clips in self.clips.items():
+            chosen = [clip for clip in clips.values() if clip.captions and clip.suffix]
+            if chosen:
+                usable[split] = chosen
+        for split, clips in self.clips.items():
+            for clip in clips.values():
+                if clip.suffix and not clip.captions:
+                    (self.folder(split) / clip.file_name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.folder(split).rmdir()  # if nothing is left in it
+        if not usable:
+            raise InputError(f"{self.out}: no clip has both a sound and a caption "
+                             f"({'; '.join(self.left_out.lines()) or 'there are no rows'})")
+        printed, written = [], {}
+        tables = self.audiocaps_rows(usable) if self.audiocaps else self.clotho_rows(usable)
+        for split, rows in tables.items():
+            table = self.out / (f"{split}.csv" if self.audiocaps else f"clotho_captions_{CLOTHO[split]}.csv")
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows(rows)
+            write_text(table, text.getvalue())
+            written |= {table.name: len(usable[split]), self.folder(split).name: len(usable[split])}
+            captions = sum(len(clip.captions) for clip in usable[split])
+            printed.append(f"{table.name}: {len(usable[split]):,} clips, {captions:,} captions")
+        printed.append(f"for --dataset {'audiocaps' if self.audiocaps else 'clotho'}")
+        return printed + self.left_out.lines(), written
+
+    def audiocaps_rows(self, usable):
+        """{split: rows of its table}; a caption without an audiocap_id of its own gets a free number."""
+        given = set()
+        for clips in usable.values():
+            for clip in clips:
+                given.update(clip.captions.values())
+        numbers = (str(n) for n in itertools.count(1) if str(n) not in given)
+        tables = {}
+        for split, clips in usable.items():
+            rows, taken = [["audiocap_id", "youtube_id", "start_time", "caption"]], {None}
+            for clip in clips:
+                for caption, number in clip.captions.items():
+                    if number in taken:
+                        number = next(numbers)
+                    taken.add(number)
+                    rows.append([number, clip.name, clip.start, caption])
+            tables[split] = rows
+        return tables
+
+    def clotho_rows(self, usable):
+        """{split: rows of its table}, with as many columns as the clip with the most captions needs."""
+        tables = {}
+        for split, clips in usable.items():
+            most = max(len(clip.captions) for clip in clips)
+            rows = [["file_name", *(f"caption_{n}" for n in range(1, most + 1))]]
+            for clip in clips:
+                rows.append([clip.file_name, *clip.captions, *[""] * (most - len(clip.captions))])
+            tables[split] = rows
+        return tables
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Data sets from the hub, for the other scripts.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("unpack", help="parquet or JSONL to AudioCaps's or Clotho's layout",
+                                  description=unpack.__doc__)
+    command.add_argument("source", nargs="+", help="folder of .parquet or .jsonl files, or such files")
+    command.add_argument("out", help="new folder; or one that an earlier start has begun")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    unpack(args.source, args.out)
+
+
+if __name__ == "__main__":
+    guarded(main)

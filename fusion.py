@@ -40,7 +40,7 @@ class FusionError(ValueError):
 @dataclass
 class Spec:
     """All that is needed to rebuild a fusion, and its backbone. Saved as fusion.json."""
-    kind: str
+    system: str         # a name in SYSTEMS; older files call it "kind"
     layers: list        # decoder blocks whose input is changed, ascending
     tokens: int         # N
     hidden: int         # the projector's inner width
@@ -174,9 +174,7 @@ class Fusion(nn.Module):
         super().__init__()
         self.spec = spec
         self.projector = Projector(spec)
-        # while attached: the clip of each row of the batch, (rows,); None: every clip has
-        # the same number of rows, in order
-        self.row_to_clip = None
+        self._clip_of_row = None  # see rows()
 
     def gates(self):
         """{layer: effective gate}; empty where a system has none."""
@@ -209,9 +207,9 @@ class Fusion(nn.Module):
         Afterwards the decoder is what it was, also after an exception. frames (B, S, E) and
         mask (B, S), or None for no clip. slots (B, N), for concat only: positions of the
         prompt's placeholders. When generation expands the batch (beams, samples), each clip
-        serves its expanded rows, in order; a decoding loop that gives clips different numbers
-        of rows sets `row_to_clip` before each pass. Call `split` inside an attach: unfreeze
-        puts its own blocks in place, and they belong in the head.
+        serves its expanded rows, in order; where clips have different numbers of rows, see
+        `rows`. Call `split` inside an attach: unfreeze puts its own blocks in place, and they
+        belong in the head.
         """
         check_backbone(self.spec.backbone, describe_backbone(decoder))
         tokens = None if frames is None else self.tokens(frames, mask)
@@ -222,30 +220,45 @@ class Fusion(nn.Module):
                     handles.append(self._hook(decoder.layers[layer], layer, prepared, slots))
             yield tokens
         finally:
-            self.row_to_clip = None
             for handle in handles:
                 handle.remove()
             for index, block in swapped.items():
                 decoder.layers[index] = block
+
+    @contextmanager
+    def rows(self, clip_of_row):
+        """In this block row r of the batch belongs to clip clip_of_row[r], (rows,).
+
+        For a decoding loop inside `attach` that gives clips different numbers of rows.
+        """
+        self._clip_of_row = clip_of_row
+        try:
+            yield
+        finally:
+            self._clip_of_row = None
 
     def swap_in(self, decoder):
         """Replace decoder blocks by own ones; {index: the decoder's block}."""
         return {}
 
     def _hook(self, block, layer, prepared, slots):
-        def rows_of(x, rows):
-            if self.row_to_clip is not None:
-                return x[self.row_to_clip]
-            return x if rows == len(x) else x.repeat_interleave(rows // len(x), 0)
+        """Have `change` act on the hidden states that enter a decoder block."""
+        clips = len(prepared[0])
+
+        def expand(x, rows):
+            """One row of x, which has one a clip, for each row of the batch."""
+            if self._clip_of_row is not None:
+                return x[self._clip_of_row]
+            return x if rows == clips else x.repeat_interleave(rows // clips, 0)
 
         def hook(module, args):
-            h, index = args[0], self.row_to_clip
-            rows, clips = len(h), len(prepared[0])
-            if rows % clips if index is None else rows != len(index):
-                raise FusionError(f"{rows} sequences for {clips} clips: no multiple, and "
-                                  "row_to_clip does not say which clip each belongs to")
-            inputs = [rows_of(x, rows) for x in prepared]
-            positions = None if slots is None else rows_of(slots, rows)
+            h, given = args[0], self._clip_of_row
+            rows = len(h)
+            if rows % clips if given is None else rows != len(given):
+                raise FusionError(f"{rows} sequences for {clips} clips: no multiple, and no "
+                                  "`with fusion.rows(...)` says which clip each belongs to")
+            inputs = [expand(x, rows) for x in prepared]
+            positions = None if slots is None else expand(slots, rows)
             new = self.change(layer, h, inputs, positions).to(h.dtype)
             return (new, *args[1:])
 
@@ -258,7 +271,7 @@ class Fusion(nn.Module):
         tensors = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
         new = [folder / "fusion.safetensors.tmp", folder / "fusion.json.tmp"]
         save_file(tensors, new[0], metadata={"sha256": digest(tensors)})
-        new[1].write_text(json.dumps(asdict(self.spec), indent=1) + "\n")
+        new[1].write_text(json.dumps(asdict(self.spec), indent=1) + "\n", encoding="utf-8")
         for path in new:
             os.replace(path, path.with_suffix(""))
 
@@ -411,29 +424,29 @@ SYSTEMS = {"additive": Additive, "cross_attention": CrossAttention, "concat": Co
 
 # ---------------------------------------------------------------- build, load, split
 
-def build(kind, decoder, *, encoder_width, layers, tokens=16, hidden=768, gate_init=0.05,
+def build(system, decoder, *, encoder_width, layers, tokens=16, hidden=768, gate_init=0.05,
           modality="audio", null_slot=False):
-    """A new fusion of a kind in SYSTEMS, initialised from torch's global generator.
+    """A new fusion of a system in SYSTEMS, initialised from torch's global generator.
 
     The adapters' rank follows the decoder's width (256 at 4096), so that the systems' numbers
     of parameters match at any width. Raises FusionError, naming the flag that does not fit.
     """
-    if kind not in SYSTEMS:
-        raise FusionError(f"no system called {kind!r}: one of {', '.join(SYSTEMS)}")
+    if system not in SYSTEMS:
+        raise FusionError(f"no system called {system!r}: one of {', '.join(SYSTEMS)}")
     backbone = describe_backbone(decoder)
     layers, depth = sorted(set(layers)), backbone["depth"]
     if not layers or layers[0] < 0 or layers[-1] >= depth:
         raise FusionError(f"--layers {' '.join(map(str, layers))}: this decoder has layers 0 to "
                           f"{depth - 1}")
-    if kind == "unfreeze" and depth <= UNFREEZE_BLOCKS:
+    if system == "unfreeze" and depth <= UNFREEZE_BLOCKS:
         raise FusionError(f"unfreeze trains the top {UNFREEZE_BLOCKS} blocks, this decoder has "
                           f"{depth}")
-    if kind == "concat" and null_slot:
+    if system == "concat" and null_slot:
         raise FusionError("--null-slot: concat has no attention that could read nothing")
     rank = max(64, backbone["width"] // 16)
-    spec = Spec(kind, layers, tokens, hidden, encoder_width, gate_init, rank, modality, backbone,
+    spec = Spec(system, layers, tokens, hidden, encoder_width, gate_init, rank, modality, backbone,
                 null_slot)
-    return SYSTEMS[kind](spec, decoder)
+    return SYSTEMS[system](spec, decoder)
 
 
 def load(folder, decoder):
@@ -441,9 +454,12 @@ def load(folder, decoder):
     folder = Path(folder)
     weights = folder / "fusion.safetensors"
     try:
-        spec = Spec(**json.loads((folder / "fusion.json").read_text()))
+        fields = json.loads((folder / "fusion.json").read_text(encoding="utf-8"))
+        if "kind" in fields:  # as older versions called it
+            fields["system"] = fields.pop("kind")
+        spec = Spec(**fields)
         check_backbone(spec.backbone, describe_backbone(decoder))
-        fusion = SYSTEMS[spec.kind](spec, decoder)
+        fusion = SYSTEMS[spec.system](spec, decoder)
         with safe_open(weights, "pt") as file:
             tensors = {k: file.get_tensor(k) for k in file.keys()}
             written = (file.metadata() or {}).get("sha256")
@@ -484,6 +500,7 @@ class Branch:
     """A fusion and the clips it is given: frames[i] is (S_i, E). None: no clip."""
     fusion: Fusion
     frames: Sequence | None = None
+    name: str = ""  # tells branches of one modality apart, such as the folder of its run
 
 
 @contextmanager
@@ -491,21 +508,18 @@ def attach_branches(decoder, branches, clips, slots=None):
     """Attach several fusions for the clips with these indices.
 
     clips: indices into each branch's frames. slots (B, N): for concat.
-    Yields {modality: tokens (B, N, D), or None without a clip}.
-    Two branches at one layer act in the order of their modalities' names, so
-    that a pair is one model, in whatever order it is given.
+    Two branches at one layer act in the order of their modalities, then of their names: they
+    are one model, in whatever order they are given.
     """
     device = next(decoder.parameters()).device
-    tokens = {}
     with ExitStack() as stack:
-        for branch in sorted(branches, key=lambda b: b.fusion.spec.modality):
+        for branch in sorted(branches, key=lambda b: (b.fusion.spec.modality, b.name)):
             frames = mask = None
             if branch.frames is not None:
                 padded = pad_frames([branch.frames[i] for i in clips])
                 frames, mask = (x.to(device, non_blocking=True) for x in padded)
-            attached = branch.fusion.attach(decoder, frames, mask, slots)
-            tokens[branch.fusion.spec.modality] = stack.enter_context(attached)
-        yield tokens
+            stack.enter_context(branch.fusion.attach(decoder, frames, mask, slots))
+        yield
 
 
 def pad_frames(frames):
@@ -572,15 +586,15 @@ def demo():
 
     with torch.no_grad():
         before = decoder(ids).last_hidden_state
-        for kind in SYSTEMS:
-            audio = build(kind, decoder, encoder_width=32, layers=[3, 6], tokens=8, hidden=64)
+        for system in SYSTEMS:
+            audio = build(system, decoder, encoder_width=32, layers=[3, 6], tokens=8, hidden=64)
             with audio.attach(decoder, frames, slots=slots):
                 start, closed = change(), "no gate"
                 if audio.has_gate:
                     audio.set_gates(0.0)
                     closed = change()
             hooks = sum(len(m._forward_pre_hooks) for m in decoder.modules())
-            print(f"{kind:16s} {count_parameters(audio):9,d} {closed:>13s} {start:>13s} "
+            print(f"{system:16s} {count_parameters(audio):9,d} {closed:>13s} {start:>13s} "
                   f"{f'{change()}, {hooks} hooks':>16s}")
     print("note: cross_attention and unfreeze start with closed gates, concat has none")
 

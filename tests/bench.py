@@ -31,7 +31,7 @@ import evaluate  # noqa: E402
 import fusion as fusions  # noqa: E402
 import scst  # noqa: E402
 from random_llava import (  # noqa: E402
-    MAX_WORDS, MEAN_WORDS, PROMPT_WORDS, KeepStep, RandomBackbone, ScstStep, Step, make_model)
+    MAX_WORDS, MEAN_WORDS, PROMPT_WORDS, KeepStep, RandomBackbone, ScstStep, Step, branches, make_model)
 from timing import Metered, Table, peak, ratio, share_of_matmul  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -98,7 +98,7 @@ def bench_memory(table, world):
             a, b = peak(ours) / 1e6, peak(prefix) / 1e6
             table.row(f"{name}, peak above the weights, of the prefix's", a, b, "MB", a / b, target=target,
                       at_most=True)
-    kept = ours.states.states.nbytes / world.clips
+    kept = ours.answers.states.nbytes / world.clips
     table.row("trunk states of a training caption", kept / 1e3, unit="kB", note="in memory or in a mapped file")
 
 
@@ -196,7 +196,7 @@ def bench_decode(table, world):
     clips, few = len(world.backbone.features), 8 if table.args.wide else 16
 
     def decode(clips, batch_size):
-        candidates = evaluate.decode(world.backbone, model.branches, [""] * clips, beams=5, batch_size=batch_size)
+        candidates = evaluate.decode(world.backbone, branches(model), [""] * clips, beams=5, batch_size=batch_size)
         return [clip[0]["text"] for clip in candidates]
 
     together, alone = decode(clips, 64), decode(few, 1)
@@ -218,7 +218,7 @@ def bench_features(table, world):
         folder = Path(folder)
         processor = standin.clap_processor(made_captions(200)[0])
         standin.save(folder / "clap", standin.clap_model(processor, 0), processor)
-        encoder = data.AudioEncoder(folder / "clap", data.default_device())
+        encoder = data.ClapEncoder(folder / "clap", data.default_device())
         clips = []
         for i in range(table.args.clips or 64):
             wave = draw.standard_normal(4 * encoder.rate).astype(np.float32) / 9
@@ -236,7 +236,7 @@ def bench_features(table, world):
             frames = []
             for batch in batches:
                 waves = [data.decode_audio(clips[i].path, encoder.rate) for i in batch]
-                frames.append(fusions.pad_frames(encoder.encode(waves)[0])[0])
+                frames.append(fusions.pad_frames(encoder.encode(waves))[0])
             return frames
 
         differences = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(cached(), encoded())]
@@ -454,7 +454,7 @@ def main(argv=None):
         BENCHES[name](table, world)
     if args.json:
         data.write_json(args.json, {
-            "machine": machine, "versions": evaluate.versions(), "wide": args.wide, "repeats": args.repeats, "rows": table.rows, "checks": table.checks})
+            "machine": machine, "versions": data.versions(), "wide": args.wide, "repeats": args.repeats, "rows": table.rows, "checks": table.checks})
     failed = [f"{c['bench']}: {c['what']}" for c in table.checks if not c["holds"]]
     if failed:
         print(f"not equal: {'; '.join(failed)}")
@@ -470,4 +470,4 @@ def processor():
 
 
 if __name__ == "__main__":
-    evaluate.guarded(main)
+    data.guarded(main, fusions.FusionError)

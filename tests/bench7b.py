@@ -10,11 +10,13 @@ import contextlib
 import weakref
 from unittest import mock
 
+import data  # first of the repository: it makes torchaudio importable
 import evaluate
 import plan
 import scst
 import train
-from random_llava import SIZE_7B, KeepStep, RandomBackbone, ScstStep, Step, make_model
+from random_llava import (
+    SIZE_7B, KeepStep, RandomBackbone, ScstStep, Step, branches, clip_of, make_model, prompt_of)
 from timing import peak, share_of_matmul
 
 import torch
@@ -45,12 +47,12 @@ def timed(table, world=None):
     weights = sum(p.numel() for p in backbone.llava.parameters())
     table.row(f"parameters, {depth} layers", weights / 1e9, unit="G", note=backbone.device.type)
     upper, both = [depth * 3 // 4], [depth * 3 // 8, depth * 3 // 4]
-    systems = [("additive", upper), *((kind, both) for kind in SYSTEMS), ("concat", [0])]
+    systems = [("additive", upper), *((system, both) for system in SYSTEMS), ("concat", [0])]
     for clips in [table.args.clips] if table.args.clips else (1, 8, 32):
         prefix = Step(make_model(backbone, "concat", [0]), clips)
-        for kind, layers in systems:
-            step = prefix if layers == [0] else Step(make_model(backbone, kind, layers), clips)
-            name = f"{kind} {{{','.join(map(str, layers))}}}, batch {clips}"
+        for system, layers in systems:
+            step = prefix if layers == [0] else Step(make_model(backbone, system, layers), clips)
+            name = f"{system} {{{','.join(map(str, layers))}}}, batch {clips}"
             table.compare(f"{name}: a step, the prefix's", step, prefix, 1e3, "ms",
                           target=3 if layers == upper else None)
             share_of_matmul(table, f"{name}: share of the matmul rate", step, target=0.5 if clips == 32 else None)
@@ -58,10 +60,10 @@ def timed(table, world=None):
                 total = peak(step) + torch.cuda.memory_allocated()
                 table.row(f"{name}: peak memory", total / 1e9, unit="GB")
             seconds = table.seconds(lambda: evaluate.decode(
-                backbone, step.model.branches, [""] * clips, beams=BEAMS, batch_size=clips))
+                backbone, branches(step.model), [""] * clips, beams=BEAMS, batch_size=clips))
             table.row(f"{name}: beam-{BEAMS} captions", clips / seconds, unit="1/s")
-            if clips == 1 and kind in ("additive", "cross_attention", "data_only"):
-                table.equal(f"{kind} with gates closed, and the backbone", closed_gates(step.model), 0)
+            if clips == 1 and system in ("additive", "cross_attention", "data_only"):
+                table.equal(f"{system} with gates closed, and the backbone", closed_gates(step.model), 0)
             del step
 
 
@@ -69,10 +71,10 @@ def closed_gates(model):
     """Largest change of the decoder's states by a fusion with closed gates."""
     backbone = model.backbone
     model.fusion.set_gates(0.0)
-    ids = torch.tensor([model.prompt], device=backbone.device)
+    ids = torch.tensor([prompt_of(model)[0]], device=backbone.device)
     with torch.inference_mode(), backbone.autocast():
         before = backbone.decoder(ids).last_hidden_state
-        with model.attach([0]):
+        with model.fusion.attach(backbone.decoder, *clip_of(model, 1)):
             after = backbone.decoder(ids).last_hidden_state
     return (after - before).abs().max().item()
 
@@ -164,19 +166,23 @@ class FakeBackbone(RandomBackbone):
     def autocast(self):  # as on a GPU
         return torch.autocast("cpu", torch.bfloat16)
 
-    def model(self, kind, layers):
-        return make_model(self, kind, layers, encoder_width=ENCODER_WIDTH, hidden=HIDDEN)
+    def model(self, system, layers):
+        return make_model(self, system, layers, encoder_width=ENCODER_WIDTH, hidden=HIDDEN)
 
     def answer(self, model, clips, passes):
         """The retention probe's questions about images, with clips attached; `passes` tokens of each answer."""
         self.passes = passes
-        new = plan.ANSWER
+        N = model.placeholders
+        positions = N + QUESTION + plan.ANSWER - passes
         probe = object.__new__(evaluate.Probe)
-        text = {"input_ids": torch.zeros(clips, QUESTION + new - passes, dtype=torch.long),
-                "attention_mask": torch.ones(clips, QUESTION + new - passes, dtype=torch.long)}
-        pixels = torch.zeros(clips, 3, 336, 336, dtype=torch.bfloat16)
-        probe.backbone, probe.batches = self, [({**text, "pixel_values": pixels}, [torch.zeros(4, dtype=torch.long)] * clips)]
-        probe.run(model.branches)
+        inputs = {"input_ids": torch.zeros(clips, positions, dtype=torch.long),
+                  "attention_mask": torch.ones(clips, positions, dtype=torch.long),
+                  "pixel_values": torch.zeros(clips, 3, 336, 336, dtype=torch.bfloat16)}
+        slots = torch.zeros(clips, N, dtype=torch.long) if N else None
+        # the right answers, whose likelihood is asked for, have four tokens with the end
+        probe.backbone, probe.questions = self, [data.Question("", None, "", "w5 w5 w5", "")] * clips
+        probe.encoded = {N: [(inputs, slots)]}
+        probe.run(branches(model))
 
     def caption(self, model, clips, tokens, passes):
         """Beam search for captions of so many tokens. Only the last `passes` tokens are generated; the earlier ones
@@ -191,7 +197,7 @@ class FakeBackbone(RandomBackbone):
 
         with mock.patch.object(evaluate, "generate", last_tokens), \
                 mock.patch.object(evaluate, "MAX_NEW_TOKENS", passes):
-            evaluate.decode(self, model.branches, [""] * clips, beams=BEAMS, batch_size=clips)
+            evaluate.decode(self, branches(model), [""] * clips, beams=BEAMS, batch_size=clips)
 
 
 def no_images(input_ids, inputs_embeds, image_features):
@@ -247,12 +253,12 @@ class ShortDrawing:
     def __init__(self, positions, passes=2):
         self.sample_tree, self.positions, self.passes = scst.sample_tree, positions, passes
 
-    def __call__(self, decoder, lm_head, prompt, K, *, limit, **options):
+    def __call__(self, decoder, lm_head, prompt, K, *, max_tokens, **options):
         B, P = prompt.shape
         T = self.positions // K
         longer = torch.zeros(B, P + T - self.passes, dtype=torch.long)
         if self.passes:
-            self.sample_tree(decoder, lm_head, longer, K, limit=self.passes, **options)
+            self.sample_tree(decoder, lm_head, longer, K, max_tokens=self.passes, **options)
         L, draws = P + self.positions, B * K * T
         return scst.Tree(
             states=torch.zeros(B, L, decoder.config.hidden_size, dtype=lm_head.weight.dtype),
@@ -270,20 +276,20 @@ def memory(table, world=None):
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     with fake_tensors() as allocations:
         backbone = FakeBackbone()
-        for kind in SYSTEMS:
+        for system in SYSTEMS:
             for clips in [table.args.clips] if table.args.clips else (8, 32):
-                peaks = peaks_of(backbone, allocations, kind, clips)
+                peaks = peaks_of(backbone, allocations, system, clips)
                 numbers = " | ".join(f"{peak / 1e9:.1f}" for peak in peaks.values())
-                print(f"| {kind} | {clips} | {numbers} |", flush=True)
+                print(f"| {system} | {clips} | {numbers} |", flush=True)
                 for what, peak in peaks.items():
-                    table.rows.append({"bench": table.bench, "what": f"{kind}, {clips} clips: {what}",
+                    table.rows.append({"bench": table.bench, "what": f"{system}, {clips} clips: {what}",
                                        "ours": peak / 1e9, "unit": "GB"})
 
 
-def peaks_of(backbone, allocations, kind, clips):
+def peaks_of(backbone, allocations, system, clips):
     """{activity: bytes}. Gradients and AdamW's moments are there from the first step on."""
     peaks = {}
-    model = backbone.model(kind, LAYERS)
+    model = backbone.model(system, LAYERS)
     first = xe_step(model, clips, 1)
     first()
     optimizer = first.optimizer  # with its moments
@@ -319,13 +325,13 @@ def operations(table, world=None):
     print("|---|---:|---:|---|---:|")
     with fake_tensors() as allocations:
         counted = count_operations(FakeBackbone(), allocations)
-    for (kind, layer), xe, tree in [(key, *values) for key, values in counted["training"].items()]:
-        print(f"| {kind}, {layer} | {xe:.3f} | {tree:.3f} | | |")
+    for (system, layer), xe, tree in [(key, *values) for key, values in counted["training"].items()]:
+        print(f"| {system}, {layer} | {xe:.3f} | {tree:.3f} | | |")
     for what in ("drawing", "caption", "question", "trunk"):
         print(f"| | | | {what} | {counted[what]:.4g} |")
-    for (kind, layer), values in counted["training"].items():
+    for (system, layer), values in counted["training"].items():
         for what, value in zip(("XE", "tree"), values):
-            table.rows.append({"bench": table.bench, "what": f"{kind}, {layer}: {what}", "ours": value, "unit": "T"})
+            table.rows.append({"bench": table.bench, "what": f"{system}, {layer}: {what}", "ours": value, "unit": "T"})
 
 
 def count_operations(backbone, allocations):
@@ -333,21 +339,21 @@ def count_operations(backbone, allocations):
     clips = 2
     allocations.integer = PROMPT + SAMPLES * plan.CAPTION
     result = {"training": {}}
-    for kind, layer in plan.TERAFLOP["training"]:
-        model = backbone.model(kind, [layer, 24] if layer < 24 else [24])
+    for system, layer in plan.TERAFLOP["training"]:
+        model = backbone.model(system, [layer, 24] if layer < 24 else [24])
         xe = tera(xe_step(model, clips, plan.CAPTION).backward) / clips
         step = ScstStep(model, clips, SAMPLES, reward=NO_REWARD)
         with mock.patch.object(scst, "sample_tree", ShortDrawing(SAMPLES * plan.CAPTION, passes=0)):
             tree = tera(step.backward) / clips
-        result["training"][kind, layer] = xe, tree
+        result["training"][system, layer] = xe, tree
     # these hardly differ between systems: all layers once
     model = backbone.model("additive", LAYERS)
     model.fusion.requires_grad_(False)
     prompt = torch.zeros(clips, PROMPT, dtype=torch.long)
-    with model.attach(range(clips)), backbone.autocast():
+    with model.fusion.attach(backbone.decoder, *clip_of(model, clips)), backbone.autocast():
         result["drawing"] = tera(lambda: scst.sample_tree(
             backbone.decoder, backbone.llava.lm_head, prompt, SAMPLES, layer=12, eos=backbone.eos,
-            limit=plan.CAPTION, fusion=model.fusion)) / clips
+            max_tokens=plan.CAPTION, rows=model.fusion.rows)) / clips
     tokens = allocations.integer = plan.CAPTION
     result["caption"] = tera(lambda: backbone.caption(model, clips, tokens, passes=tokens)) / clips
     allocations.integer = 5

@@ -119,19 +119,19 @@ def shared():
     return folder
 
 
-def fused(backbone, kind, rows):
+def fused(backbone, system, rows):
     """(backbone, a small fusion with its gates open, prompt ids (rows, P), slots (rows, 4) or None)."""
     import fusion as fusions
     import torch
     torch.manual_seed(0)
-    fusion = fusions.build(kind, backbone.decoder, encoder_width=8, layers=[3, 6], tokens=4, hidden=16)
+    fusion = fusions.build(system, backbone.decoder, encoder_width=8, layers=[3, 6], tokens=4, hidden=16)
     if fusion.has_gate:
         fusion.set_gates(0.3)
-    ids, slots = backbone.prompt(data.SOUND_PROMPT, 4 * (kind == "concat"))
+    ids, _, slots = backbone.encode(data.SOUND_PROMPT, placeholders=4 * (system == "concat"))
     return backbone, fusion, torch.tensor([ids] * rows), slots and torch.tensor([slots] * rows)
 
 
 @pytest.fixture
 def prompted(world):
-    """prompted(kind, rows): as `fused`, around the stand-in LLaVA."""
-    return lambda kind, rows: fused(data.load_backbone(str(world / "models/llava"), "cpu"), kind, rows)
+    """prompted(system, rows): as `fused`, around the stand-in LLaVA."""
+    return lambda system, rows: fused(data.load_backbone(str(world / "models/llava"), "cpu"), system, rows)

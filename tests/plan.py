@@ -5,7 +5,8 @@
 
 Repeats the commands of a dry run. Costs are operations of LLaVA-1.5-7B's matrix products, counted once by
 `python tests/bench.py time7b`, times what each command does at most: all steps, no early stop. A first layer that
-was not counted costs what 12 does. Left out: loading, the encoders, Java, the answers that --keep keeps. Decoding is limited by memory more than by operations, and takes longer than this.
+was not counted costs what 12 does. Left out: loading, the encoders, Java, the answers that --keep keeps. Decoding is
+limited by memory more than by operations, and takes longer than this.
 """
 import argparse
 import shlex
@@ -39,16 +40,16 @@ CLIPS = {"audiocaps": {"train": 49838, "val": 495, "test": 975},
          "clotho": {"train": 3839, "val": 1045, "test": 1045},
          "av": {"train": 10000, "val": 1000, "test": 1000}}
 REFERENCES = {"audiocaps": 1, "clotho": 5, "av": 1}   # of a training clip
-CONDITIONS = 7          # of the retention probe; 9 with two branches
+CONDITIONS = 7          # of the retention probe, the backbone alone among them
 
 
 def training_cost(args):
     """TFLOP of a train.py command at most."""
     clips = CLIPS[args.dataset]
-    kind = "additive" if args.fusion == "data_only" else args.fusion  # the same products
+    system = "additive" if args.fusion == "data_only" else args.fusion  # the same products
     counted = TERAFLOP["training"]
-    xe, tree = counted.get((kind, min(args.layers)), counted[kind, 12])
-    train_clips = min(args.limit, clips["train"]) or clips["train"]
+    xe, tree = counted.get((system, min(args.layers)), counted[system, 12])
+    train_clips = min(args.limit_clips, clips["train"]) or clips["train"]
     captions = train_clips * REFERENCES[args.dataset]
     total = captions * (PROMPT + CAPTION) * min(args.layers) * TERAFLOP["trunk"]
     total += args.steps * args.batch_size * xe
@@ -56,9 +57,9 @@ def training_cost(args):
     if args.scst != "off":
         total += args.scst_steps * args.batch_size * (TERAFLOP["drawing"] + tree)
         steps += args.scst_steps
-    if args.keep:  # a micro-batch of questions a step, and of captions beside an older run
+    if args.keep:  # a micro-batch of questions a step
         questions = steps // args.keep_every * args.micro_batch
-        total += questions * xe * (QUESTION / (PROMPT + CAPTION) + bool(args.beside))
+        total += questions * xe * QUESTION / (PROMPT + CAPTION)
     every = args.eval_every or max(1, train_clips // args.batch_size)
     return total + steps // every * clips["val"] * greedy()
 
@@ -69,7 +70,7 @@ def greedy():
 
 
 def evaluation_cost(args, dataset):
-    """TFLOP of an evaluate.py command, for its runs on this dataset."""
+    """TFLOP of an evaluate.py command, for its runs on this dataset. Branches of --with cost next to nothing."""
     clips = CLIPS[dataset]
     if args.command == "caption":
         decoded = clips[args.split] * len(args.hear)
@@ -77,11 +78,9 @@ def evaluation_cost(args, dataset):
             decoded = 2 * (decoded + clips["val"])
         cost = decoded * TERAFLOP["caption"]
     elif args.command == "retention":
-        cost = (CONDITIONS + 2 * ("/both_" in str(args.runs[0]))) * args.limit * TERAFLOP["question"]
+        cost = CONDITIONS * args.limit_questions * TERAFLOP["question"]
     elif args.command == "robustness":
         cost = (1 + len(args.snr) * len(args.noise)) * clips["test"] * greedy()
-    elif args.command == "again":
-        cost = 2 * CLIPS["audiocaps"]["test"] * TERAFLOP["caption"]
     else:
         return 0.0
     return cost * len(args.runs)
@@ -89,14 +88,16 @@ def evaluation_cost(args, dataset):
 
 def cost(line):
     """TFLOP of one line of a dry run; 0 for what needs no model."""
-    words = shlex.split(line, comments=True)
-    if "train.py" in words:
-        return training_cost(train.parse_args(words[words.index("train.py") + 1:]))
-    if "evaluate.py" in words:
-        args = evaluate.parse_args(words[words.index("evaluate.py") + 1:])
+    # only what follows the script: bash quotes other commands in ways that shlex does not know
+    _, script, flags = line.partition(" train.py ")
+    if script:
+        return training_cost(train.parse_args(shlex.split(flags, comments=True)))
+    _, script, flags = line.partition(" evaluate.py ")
+    if script:
+        args = evaluate.parse_args(shlex.split(flags, comments=True))
         names = " ".join(getattr(args, "runs", []))
-        dataset = "clotho" if "/clotho/" in names else "av" if "/video/" in names else "audiocaps"
-        return evaluation_cost(args, dataset)
+        own = "clotho" if "/clotho/" in names else "av" if "/video/" in names else "audiocaps"
+        return evaluation_cost(args, getattr(args, "dataset", None) or own)
     return 0.0
 
 

@@ -3,6 +3,7 @@
 Costs depend on shapes alone, so random weights do. Everything that trains or decodes is the project's own code.
 Shapes: B clips, P prompt positions, T caption positions, D decoder width, N modality tokens, S encoder frames.
 """
+import re
 import sys
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class RandomBackbone(data.Backbone):
         self.tokenizer = word_tokenizer(vocabulary)
         self.path, self.device = "random", torch.device(device)
         self.eos, self.pad, self.placeholder, self.before_answer = 2, 0, 0, " "
+        self.special = re.compile("<pad>|<s>|</s>|<image>")
         self.prompt_words = prompt_words
         text = LlamaConfig(
             vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
@@ -83,20 +85,36 @@ class RandomBackbone(data.Backbone):
         return " ".join(["<s>"] + ["<image>"] * image + words)
 
 
-def make_model(backbone, kind, layers, split_layer=None, tokens=N, encoder_width=E, hidden=HIDDEN):
+def make_model(backbone, system, layers, split_layer=None, tokens=N, encoder_width=E, hidden=HIDDEN):
     """A train.Model of a system. split_layer: the lowest trained layer, if not given."""
     decoder = backbone.decoder
     torch.manual_seed(0)
     with backbone.device:
-        fusion = fusions.build(kind, decoder, encoder_width=encoder_width, layers=layers, tokens=tokens, hidden=hidden)
+        fusion = fusions.build(system, decoder, encoder_width=encoder_width, layers=layers, tokens=tokens, hidden=hidden)
         contrast = train.ContrastiveHead(decoder.config.hidden_size, encoder_width)
     if split_layer is None:
         split_layer = layers[0]
-    with fusions.attach_branches(decoder, [fusions.Branch(fusion)], []):
+    with fusion.attach(decoder):
         trunk, head = fusions.split(decoder, split_layer)
-    prompt, slots = backbone.prompt("", tokens if kind == "concat" else 0)
-    branches = [fusions.Branch(fusion, backbone.features)]
-    return train.Model(backbone, fusion, contrast, branches, trunk, head, split_layer, prompt, slots)
+    return train.Model(backbone, fusion, contrast, trunk, head, split_layer)
+
+
+def branches(model):
+    """The model's fusion with the made-up clips, for decoding."""
+    return [fusions.Branch(model.fusion, model.backbone.features)]
+
+
+def prompt_of(model):
+    """(token ids, slots) of the prompt of every clip."""
+    ids, _, slots = model.backbone.encode("", placeholders=model.placeholders)
+    return ids, slots
+
+
+def clip_of(model, clips):
+    """What Fusion.attach takes for so many of the made-up clips, each beside the prompt."""
+    device, (_, slots) = model.backbone.device, prompt_of(model)
+    frames, mask = fusions.pad_frames(model.backbone.features[:clips])
+    return frames.to(device), mask.to(device), slots and torch.tensor([slots] * clips, device=device)
 
 
 def training_args(device, *more):
@@ -114,24 +132,32 @@ class Step:
 
     def __init__(self, model, clips, captions=None, differentiated=False):
         backbone = model.backbone
-        self.model, self.clips, self.differentiated = model, list(range(clips)), differentiated
+        self.model, self.clips, self.differentiated = model, range(clips), differentiated
         captions = captions or backbone.captions[:clips]
         ids = [backbone.caption_ids("", caption) for caption in captions]
-        self.states = train.TrunkStates(backbone, model.trunk, model.prompt, ids, [0] * clips, range(clips), Path("."))
+        self.answers = train.Answers(model, [("", None)] * clips, ids)
         self.tokens = sum(map(len, ids))
         self.args = training_args(backbone.device)
         self.optimizer = train.make_optimizer(model, self.args, "xe")
 
     def batch(self):
-        states, targets = self.states.batch(self.clips)
-        states.requires_grad_(self.differentiated)
-        return train.Batch(self.clips, 1, states, targets, self.tokens)
+        frames = self.model.backbone.features[:len(self.clips)]
+        batch = self.answers.batch(self.clips, frames, answer_tokens=self.tokens)
+        batch.states.requires_grad_(self.differentiated)
+        return batch
+
+    def batches(self, step, args):
+        yield self.batch()
+
+    def learn(self):
+        """As train.what_to_learn: pairs of a loss and the function step -> Batches that it learns from."""
+        return [(train.xe_loss, self.batches)]
 
     def loss(self):
         return train.xe_loss(self.model, self.batch(), self.args)[0]
 
     def __call__(self):
-        train.optimizer_step(self.model, [(train.xe_loss, self.batch())], self.optimizer, 1.0, self.args)
+        train.optimizer_step(self.model, self.learn(), 0, self.optimizer, 1.0, self.args)
 
     def backward(self):
         self.loss().backward()
@@ -170,30 +196,30 @@ class KeepStep(Step):
     def __init__(self, model, clips, positions, answer=4, questions=None):
         super().__init__(model, clips)
         backbone, draw = model.backbone, torch.Generator().manual_seed(0)
-        n, slots = questions or clips, None
-        if model.slots:
-            positions += len(model.slots)
-            slots = torch.tensor([model.slots] * n, device=backbone.device)
+        n = questions or clips
+        positions += model.placeholders
         states = torch.randn(n, positions, backbone.decoder.config.hidden_size, generator=draw)
         rows = torch.arange(n).repeat_interleave(answer)
         last = torch.arange(positions - answer - 1, positions - 1).repeat(n)
-        branches = [fusions.Branch(model.fusion, backbone.features)]
-        self.kept = train.KeptBatch(
-            branches, states.to(backbone.device, backbone.llava.dtype), slots, rows.to(backbone.device),
-            last.to(backbone.device), states[rows, last].to(backbone.device, backbone.llava.dtype), len(rows), "keep")
+        self.kept = train.Batch(
+            clip_of(model, n), states.to(backbone.device, backbone.llava.dtype), rows.to(backbone.device),
+            last.to(backbone.device), states[rows, last].to(backbone.device, backbone.llava.dtype), len(rows))
         self.args.keep = 1.0
 
-    def __call__(self):
-        batches = [(train.xe_loss, self.batch()), (train.keep_loss, self.kept)]
-        train.optimizer_step(self.model, batches, self.optimizer, 1.0, self.args)
+    def keep_batches(self, step, args):
+        yield self.kept
+
+    def learn(self):
+        return [*super().learn(), (train.keep_loss, self.keep_batches)]
 
 
 class ScstStep:
     """train.py's optimizer_step with its scst_loss, on the same clips each time, with a new seed each time."""
 
-    def __init__(self, model, clips, samples=5, limit=MAX_WORDS + 1, reward=None):
+    def __init__(self, model, clips, samples=5, max_tokens=MAX_WORDS + 1, reward=None):
         backbone = model.backbone
-        self.model, self.clips, self.limit, self.seed = model, list(range(clips)), limit, 0
+        self.model, self.clips, self.max_tokens, self.seed = model, range(clips), max_tokens, 0
+        self.clip, self.prompt = clip_of(model, clips), torch.tensor([prompt_of(model)[0]] * clips, device=backbone.device)
         self.args = training_args(backbone.device, "--scst-samples", str(samples))
         self.optimizer = train.make_optimizer(model, self.args, "scst")
         references = [[scst.words(caption)] for caption in backbone.captions[:clips]]
@@ -201,7 +227,11 @@ class ScstStep:
 
     def batch(self):
         self.seed += 1
-        return train.Batch(self.clips, 1, seed=self.seed, limit=self.limit)
+        return train.Batch(self.clip, clips=tuple(self.clips), prompt=self.prompt, seed=self.seed,
+                           max_tokens=self.max_tokens)
+
+    def batches(self, step, args):
+        yield self.batch()
 
     def loss(self, model, batch, args):
         return train.scst_loss(model, batch, self.reward, args)
@@ -211,4 +241,4 @@ class ScstStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def __call__(self):
-        train.optimizer_step(self.model, [(self.loss, self.batch())], self.optimizer, 1.0, self.args)
+        train.optimizer_step(self.model, [(self.loss, self.batches)], 0, self.optimizer, 1.0, self.args)

@@ -1,6 +1,6 @@
 """The long tests: what a study that runs for days must survive. Minutes each; `pytest` does not run them.
 
-    python tests/soak.py kill --times 10       # SIGKILL to run_all.sh and all its children, at random moments
+    python tests/soak.py kill --times 10       # run_all.sh ended at random moments: with all its children, by HUP, alone
     unshare -rm python tests/soak.py disk      # training onto disks that are too small, then with room
     python tests/soak.py fuzz --times 2000     # damaged tables, checkpoints and media: read right or refused
 
@@ -25,7 +25,7 @@ import evaluate
 import fusion
 
 VARYING = {"seconds", "clips_per_second", "val_seconds", "clips_a_second", "train_hours", "hardware",
-           "seconds_to_90_percent", "train_seconds", "cache", "out", "init", "beside", "git",
+           "seconds_to_90_percent", "train_seconds", "cache", "out", "init", "with", "git",
            "folder"}  # from run to run
 
 
@@ -65,30 +65,62 @@ def trained_again(folder, trained):
     return again
 
 
+def living(session):
+    """Processes of a session that run, as ps writes them; those that ended and were not waited for are none."""
+    lines = subprocess.run(["ps", "-o", "pid=,stat=,args=", "-s", str(session)], capture_output=True, text=True).stdout
+    return [line for line in lines.splitlines() if line.split()[1][0] != "Z"]
+
+
+def end(process, how, killed, args):
+    """End run_all.sh in one of ENDS. Faults: a job that outlives it and does not keep the folder from a second start."""
+    if how == "all at once":
+        subprocess.run(["pkill", "-KILL", "-s", str(process.pid)])  # with all jobs: they share its session
+        process.wait()
+        return []
+    os.kill(process.pid, signal.SIGHUP if how == "SIGHUP" else signal.SIGKILL)
+    process.wait()
+    jobs = living(process.pid)
+    if how == "SIGHUP":
+        return [f"SIGHUP: left {line}" for line in jobs]
+    if not jobs:
+        return []
+    # stopped, so that they do not end before the second start has looked
+    subprocess.run(["pkill", "-STOP", "-s", str(process.pid)])
+    stopped = living(process.pid)
+    status = start(killed, args).wait() if stopped else 2
+    subprocess.run(["pkill", "-CONT", "-s", str(process.pid)])
+    while living(process.pid):  # they go on to their end, and what they leave counts
+        time.sleep(0.2)
+    return [] if status == 2 else [f"a second start beside {line} ended with status {status}" for line in stopped]
+
+
+ENDS = ["all at once", "SIGHUP", "SIGKILL"]  # of run_all.sh and all jobs; of run_all.sh alone
+
+
 def kill(args, folder, world):
-    """Faults of a study that is killed again and again, against one that is not."""
+    """Faults of a study that is ended again and again, against one that is not."""
     whole, killed = copy_of_repository(folder / "whole", world), copy_of_repository(folder / "killed", world)
     rng, began = random.Random(args.seed), time.time()
     assert start(whole, args).wait() == 0
     length = time.time() - began
-    trained, twice = {}, []
+    trained, twice, outlived = {}, [], []
     for kills in range(args.times):
+        how = ENDS[kills % len(ENDS)]
         process = start(killed, args)
         try:
             assert process.wait(rng.uniform(3, max(8, 1.5 * length / args.times))) == 0
             break
         except subprocess.TimeoutExpired:
-            subprocess.run(["pkill", "-KILL", "-s", str(process.pid)])  # with all jobs: they share its session
-            process.wait()
+            outlived += end(process, how, killed, args)
         twice += trained_again(killed, trained)
-        print(f"kill {kills + 1}: {len(trained)} runs trained", flush=True)
+        print(f"kill {kills + 1}, {how}: {len(trained)} runs trained", flush=True)
     assert start(killed, args).wait() == 0
     twice += trained_again(killed, trained)
     one, two = results(whole), results(killed)
     faults = [f"{name}: differs" for name in one.keys() | two.keys() if one.get(name) != two.get(name)]
     faults += [f"{name}: left over" for name in two if ".tmp" in name or "/state/" in name]
     faults += [f"{name}: trained twice" for name in twice]
-    return faults
+    return faults + outlived
 
 
 def disk(args, folder, world):

@@ -5,6 +5,7 @@
     python tests/standin.py --out smoke --smoke          # the same files in seconds, models that know little
     python tests/standin.py --out even --even            # people agree less on how to say it; 975 test clips
     python tests/standin.py --out small --llm smollm2    # LLaVA around a real language model: tests/smollm2.py
+    python tests/standin.py --out small --llm smollm2 --ears whisper    # and real ears: tests/whisper_wheel.py
 
 Audio, pictures and videos follow the grammar of tests/scenes.py, and so do their captions. The language model
 reads captions but has no access to audio; CLAP learns clips with captions. The figures that each model reached
@@ -34,6 +35,7 @@ from scenes import (
 
 import data  # before transformers: it makes torchaudio, and with it LLaVA and CLAP, importable beside a CPU-only torch
 import smollm2
+import whisper_wheel
 
 import av
 import numpy as np
@@ -548,7 +550,7 @@ def train_timesformer(sizes, seed, test):
 
 # ---------------------------------------------------------------- all of it
 
-def build(folder, sizes, seed, also_folder, llm):
+def build(folder, sizes, seed, also_folder, llm, ears):
     """Everything into `folder`; returns the figures reached."""
     also = read_also(also_folder, "train") if also_folder else []
     unseen = read_also(also_folder, "val") if also_folder else []
@@ -569,6 +571,8 @@ def build(folder, sizes, seed, also_folder, llm):
 
     recorded_pairs = [(text, pick(rng, texts)) for _, texts in also for text in texts]
     models = folder / "models"
+    if ears:
+        whisper_wheel.write(models / "whisper")
     # two at once with a thread each (SmolLM2: two), on any machine: the number of threads changes how sums are rounded
     with ProcessPoolExecutor(2, get_context("fork"), torch.set_num_threads, (1,)) as pool:
         reads = texts + questions * 2 + ["Describe the sound.", "Describe the video."]
@@ -624,6 +628,7 @@ def parse_args():
     parser.add_argument("--even", action="store_true",
                         help="every way to say a thing is as usual as any other; as many test clips as AudioCaps")
     parser.add_argument("--llm", choices=["smollm2"], help="the language model of LLaVA: not trained here but a real one")
+    parser.add_argument("--ears", choices=["whisper"], help="also models/whisper, an encoder that is a real one")
     return parser.parse_args()
 
 
@@ -633,15 +638,19 @@ def build_world(args, settings):
         raise data.InputError(f"{args.out}: exists and is no stand-in world; choose another --out")
     if args.llm:
         smollm2.gguf_file()  # a missing package is reported before minutes are spent
+    if args.ears:
+        whisper_wheel.model_file()
     start = time.time()
     scenes.skew = 0 if args.even else scenes.skew
     building = args.out.with_name(args.out.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
     sizes = SMOKE if args.smoke else FULL | (MANY if args.even else {})
-    figures = build(building, sizes, args.seed, args.also, args.llm)
+    figures = build(building, sizes, args.seed, args.also, args.llm, args.ears)
     content = {"args": settings, "seconds": round(time.time() - start), "figures": figures}
     if args.llm:
         content["language_model_sha256"] = smollm2.saved_sha256(building / "models" / "llava")
+    if args.ears:
+        content["ears_sha256"] = whisper_wheel.saved_sha256(building / "models" / "whisper")
     (building / "standin.json").write_text(json.dumps(content, indent=1))
     if args.out.exists():
         args.out.rmdir()
@@ -651,7 +660,7 @@ def build_world(args, settings):
 def main():
     args = parse_args()
     settings = {"also": str(args.also.resolve()) if args.also else None, "seed": args.seed, "smoke": args.smoke,
-                "even": args.even, "llm": args.llm or False}
+                "even": args.even, "llm": args.llm or False, "ears": args.ears or False}
     report = args.out / "standin.json"
     if not report.exists():
         # held while this process or one of its children lives: one that outlived a kill may still be writing

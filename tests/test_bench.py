@@ -64,11 +64,11 @@ def test_an_unknown_bench_is_named(capsys):
     assert "no bench called 'speed'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["additive", "unfreeze"])
-def test_fake_tensors_take_as_much_as_real_ones(kind):
+@pytest.mark.parametrize("system", ["additive", "unfreeze"])
+def test_fake_tensors_take_as_much_as_real_ones(system):
     def counts(allocations):
         backbone = RandomBackbone(8, 64, 128, 4, vocabulary=100, device="cpu")
-        step = Step(make_model(backbone, kind, [6]), clips=2)
+        step = Step(make_model(backbone, system, [6]), clips=2)
         step()
         return allocations.peak_of(step), step.flops()
 
@@ -112,24 +112,24 @@ def test_operations_at_7b_are_those_of_its_matrices():
     """Frozen blocks: a product forward, one backward; the counted numbers are that, and the fusion's few percent."""
     block = 4 * 4096 ** 2 + 3 * 4096 * 11008
     output = 4096 * 32064
-    for (kind, layer), (xe, tree) in plan.TERAFLOP["training"].items():
-        if kind == "unfreeze":
+    for (system, layer), (xe, tree) in plan.TERAFLOP["training"].items():
+        if system == "unfreeze":
             continue
-        positions = plan.PROMPT + plan.CAPTION + 16 * (kind == "concat")
+        positions = plan.PROMPT + plan.CAPTION + 16 * (system == "concat")
         expected = 4 * block * (32 - layer) * positions + 4 * output * plan.CAPTION
-        assert 1 <= xe * 1e12 / expected < 1.1, (kind, layer)
+        assert 1 <= xe * 1e12 / expected < 1.1, (system, layer)
         draws = 5 * plan.CAPTION
         expected = 4 * block * (32 - layer) * (positions - plan.CAPTION + draws) + 4 * output * draws
-        assert 1 <= tree * 1e12 / expected < 1.1, (kind, layer)
+        assert 1 <= tree * 1e12 / expected < 1.1, (system, layer)
     assert plan.TERAFLOP["trunk"] * 1e12 == pytest.approx(2 * block, rel=0.01)
 
 
 def test_plan_costs_a_command():
     xe, _ = plan.TERAFLOP["training"]["concat", 12]
-    line = "python train.py --fusion concat --layers 12 24 --data d --out o --limit 1000 --batch-size 10 --steps {} " \
+    line = "python train.py --fusion concat --layers 12 24 --data d --out o --limit-clips 1000 --batch-size 10 --steps {} " \
            "--eval-every 1000   # core/x"
     ten, twenty = (plan.cost(line.format(steps)) for steps in (10, 20))
     assert twenty - ten == pytest.approx(100 * xe)
-    retention = "python evaluate.py retention a b --qa q --limit 100"
+    retention = "python evaluate.py retention a b --qa q --limit-questions 100"
     assert plan.cost(retention) == pytest.approx(2 * 7 * 100 * plan.TERAFLOP["question"])
     assert plan.cost("python bootstrap.py compare a vs b --json c") == plan.cost("# phase 1: 3 jobs") == 0

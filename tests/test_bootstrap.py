@@ -53,7 +53,7 @@ def make_items(n=60, seed=0, shift=0., refs=("a dog barks", "dog")):
 
 def write(path, items):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(items if isinstance(items, str) else json.dumps(items))
+    path.write_text(items if isinstance(items, str) else json.dumps(items), encoding="utf-8")
     return str(path)
 
 
@@ -117,6 +117,23 @@ def test_a_metric_that_one_run_lacks_is_named():
     for item in b:
         item["scores"].update(spice=.1, spider=.3)
     assert list(bootstrap.compare(a, b, resamples=999)["metrics"]) == ["spider", "cider_d", "spice", "rouge_l"]
+
+
+def test_any_number_among_the_scores_is_a_metric():
+    """Known ones in their order, others after them; true, null and text are no numbers."""
+    a, b = make_items(seed=1), make_items(seed=2)
+    for k, item in enumerate(a + b):
+        item["scores"].update(brightness=k / 7, fer=float(k % 3 == 0), fense=.5 + k / 200, spider_fl=.1 + k / 300,
+                              sbert_sim=.6, long=True, note="x")
+    a[0]["scores"]["mine"] = .5
+    found = bootstrap.compare(a, b, resamples=200)
+    assert list(found["metrics"]) == ["spider_lite", "cider_d", "spider_fl", "fense", "meteor", "rouge_l", "sbert_sim", "fer",
+                                      "bleu_1", "bleu_2", "bleu_3", "bleu_4", "brightness"]
+    assert found["left_out"] == ["mine"]
+    values = [[item["scores"]["brightness"] for item in items] for items in (a, b)]
+    assert found["metrics"]["brightness"]["difference"] == pytest.approx(np.mean(values[0]) - np.mean(values[1]))
+    assert list(bootstrap.compare(a, b, ["brightness"], 200)["metrics"]) == ["brightness"]
+    assert list(bootstrap.aggregate([a, b], ["brightness", "fense"])["metrics"]) == ["brightness", "fense"]
 
 
 def test_seed_zero_is_a_seed():
@@ -342,7 +359,8 @@ BAD = {
     "null metric": (make_items(), ["--metrics", "spice"], "spice: scores.spice is null or absent"),
     "no statistics": (edited(lambda x: [i.pop("stats") for i in x]), ["--metrics", "meteor"],
                       "stats.meteor is null or absent"),
-    "unknown metric": (make_items(), ["--metrics", "cider"], "invalid choice: 'cider'"),
+    "unknown metric": (make_items(), ["--metrics", "cider"], "cider: scores.cider is null or absent in every item: give "
+                       "--metrics of spider_lite, cider_d, meteor, rouge_l, bleu_1"),
     "few resamples": (make_items(), ["--resamples", "9"], "at least 100"),
     "negative seed": (make_items(), ["--seed", "-1"], "negative"),
     "not a number": (make_items(), ["--seed", "x"], "invalid int"),
@@ -392,6 +410,21 @@ def test_a_closed_pipe_is_no_error(tmp_path):
         done = subprocess.run([sys.executable, ROOT / "bootstrap.py", "compare", a, b, "--resamples", "200"],
                               stdout=closed, stderr=subprocess.PIPE)
     assert done.returncode == 0 and not done.stderr
+
+
+def test_a_full_disk_is_one_line_and_no_docstrings_no_console_no_path_are_needed(tmp_path):
+    a, b = (write(tmp_path / f"é{seed}.json", make_items(seed=seed)) for seed in (1, 2))
+    command = [sys.executable, ROOT / "bootstrap.py"]
+    for arguments in (["compare", a, b, "--resamples", "200"], ["--help"]):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run([*command, *arguments], stdout=full, stderr=subprocess.PIPE, text=True,
+                                  env={**os.environ, "PYTHONUNBUFFERED": ""})
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    env = {**os.environ, "PYTHONOPTIMIZE": "2", "PYTHONSAFEPATH": "1", "LC_ALL": "C", "PYTHONUTF8": "0",
+           "PYTHONCOERCECLOCALE": "0"}
+    for arguments in (["compare", a, b, "--resamples", "200"], ["--help"]):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env)
+        assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
 
 
 def test_seeds_refuses_other_clips_and_a_process_exits_with_two(tmp_path):

@@ -7,6 +7,7 @@ import data  # first: it makes torchaudio importable, which transformers needs
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import fused
 from PIL import Image
@@ -85,7 +86,7 @@ def backbone(request, tmp_path_factory):
     images = transformers.CLIPImageProcessorPil(size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16})
     transformers.LlavaProcessor(images, tokenizer, chat_template=TEMPLATES[family]).save_pretrained(folder)
     loaded = data.Backbone(folder, "cpu")
-    assert len(loaded.prompt(data.SOUND_PROMPT)[0]) > 8  # the sliding window
+    assert len(loaded.encode(data.SOUND_PROMPT)[0]) > 8  # the sliding window
     assert (loaded.llava.lm_head.weight is loaded.llava.get_input_embeddings().weight) == (family in TIED)
     return loaded
 
@@ -98,17 +99,45 @@ def test_prompts_and_answers_are_the_templates_to_the_byte(backbone):
     pictured = plain.replace("Hi", "<image>\nHi")
     assert (backbone.chat("Hi"), backbone.chat("Hi", image=True)) == (plain, pictured)
     bos = [1] if name in ("vicuna", "mistral") else []
-    ids, none = backbone.prompt("Hi")
-    assert none is None and ids[:len(bos)] == bos and tokenizer.decode(ids[len(bos):]) == plain
+    ids, *none = backbone.encode("Hi")
+    assert none == [None, None] and ids[:len(bos)] == bos and tokenizer.decode(ids[len(bos):]) == plain
     whole = ids + backbone.caption_ids("Hi", "Yo")
     assert whole == tokenizer(plain + answer + end).input_ids                 # as if it were one text
     assert tokenizer.decode(whole[len(bos):]) == plain + answer + end and tokenizer.decode([backbone.eos]) == end
     caption = "a dog barks, \"twice\" \U0001f600"
     assert backbone.text(backbone.caption_ids("Hi", caption)) == caption
-    slotted, slots = backbone.prompt("Hi", 4)
+    slotted, _, slots = backbone.encode("Hi", placeholders=4)
     assert [slotted[k] for k in slots] == [backbone.pad] * 4
     rest = [token for k, token in enumerate(slotted) if k not in slots]
     assert rest == [t for t in tokenizer(pictured).input_ids if t != backbone.llava.config.image_token_id]
+
+
+def test_a_question_about_an_image_is_encoded_as_the_processor_does(backbone, tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "a.png"
+    Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+    ids, pixels, slots = backbone.encode("Hi", path)
+    whole = backbone.processor(text=backbone.chat("Hi", image=True), images=Image.open(path), return_tensors="pt")
+    assert ids == whole.input_ids[0].tolist() and torch.equal(pixels, whole.pixel_values[0]) and slots is None
+    image = backbone.llava.config.image_token_id
+    assert ids.count(image) == 4                                            # as many as the image takes
+    slotted, again, slots = backbone.encode("Hi", path, 3)
+    assert torch.equal(again, pixels) and [slotted[k] for k in slots] == [backbone.pad] * 3
+    assert slots[-1] + 1 == slotted.index(image)                            # before the image
+    assert [token for k, token in enumerate(slotted) if k not in slots] == ids
+    without, none, same = backbone.encode("Hi", placeholders=3)             # and where it would be
+    assert none is None and same == slots and without == [token for token in slotted if token != image]
+
+
+@pytest.mark.parametrize("write", [
+    lambda backbone, text: backbone.encode(text), lambda backbone, text: backbone.caption_ids("Hi", text),
+    lambda backbone, text: backbone.encode(text, placeholders=2), lambda backbone, text: backbone.caption_ids(text, "Yo")])
+@pytest.mark.parametrize("token", ["<image>", "end"])
+def test_a_special_token_in_a_persons_text_is_one_line(backbone, write, token):
+    token = backbone.tokenizer.decode([backbone.eos]) if token == "end" else token
+    with pytest.raises(data.InputError, match="a special token of") as error:
+        write(backbone, f"a dog{token} barks")
+    assert "a dog" in str(error.value) and token in str(error.value) and "\n" not in str(error.value)
+    write(backbone, "a dog <barks> [loudly] </a> twice & \"so\" <|on|>")
 
 
 def changed(backbone, out, template):
@@ -126,7 +155,7 @@ def test_a_prompt_that_ends_in_a_space_is_followed_by_the_answers_own_tokens(bac
     backbone = data.Backbone(changed(backbone, tmp_path / "spaced", template), "cpu")
     ids = backbone.caption_ids("Hi", "dog")
     assert ids == backbone.tokenizer("dog", add_special_tokens=False).input_ids + [backbone.eos]
-    assert backbone.text(backbone.prompt("Hi")[0] + ids).endswith("ASSISTANT: dog")
+    assert backbone.text(backbone.encode("Hi")[0] + ids).endswith("ASSISTANT: dog")
 
 
 @pytest.mark.parametrize("ending, between", [(">", " "), (">\n", "")])
@@ -150,6 +179,38 @@ def test_a_checkpoint_that_cannot_be_asked_about_images_is_one_line(backbone, tm
         data.Backbone(broken, "cpu")
     text = str(error.value)
     assert text.startswith(str(broken)) and "chat_template.jinja" in text and "\n" not in text
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": "llava_next"}, "is a llava_next; LlavaForConditionalGeneration needs a llava"),
+    ({"model_type": "clap"}, "is a clap"),
+    ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "cannot be loaded"),
+    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "cannot be loaded")])
+def test_a_checkpoint_of_another_kind_is_one_line(backbone, tmp_path, change, message):
+    broken = tmp_path / "broken"
+    shutil.copytree(backbone.path, broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(data.InputError, match=message) as error:
+        data.Backbone(broken, "cpu")
+    assert str(error.value).startswith(str(broken)) and "\n" not in str(error.value)
+
+
+def test_a_backbone_answers_a_question_about_an_image_when_it_is_made(backbone, tmp_path):
+    """Its processor cuts images to a size that its vision tower does not take, which nothing else would notice."""
+    broken = tmp_path / "broken"
+    shutil.copytree(backbone.path, broken)
+    settings = broken / "processor_config.json"
+    text = settings.read_text()
+    settings.write_text(text.replace('"height": 16', '"height": 24').replace('"width": 16', '"width": 24'))
+    assert settings.read_text() != text
+    with pytest.raises(data.InputError, match="cannot answer a question about an image") as error:
+        data.Backbone(broken, "cpu")
+    assert str(error.value).startswith(str(broken)) and "\n" not in str(error.value)
+    (broken / "adapter_config.json").write_text("{}")
+    with pytest.raises(data.InputError, match="holds LoRA adapters"):
+        data.Backbone(broken, "cpu")
 
 
 def test_a_checkpoints_settings_for_chats_do_not_reach_decoding(backbone, tmp_path):
@@ -217,7 +278,7 @@ def test_answers_about_images(backbone, tmp_path, monkeypatch):
         with torch.inference_mode():
             logits = backbone.llava(input_ids=ids, pixel_values=batch.pixel_values).logits[:, -n - 1:-1]
             new = backbone.llava.generate(**batch, max_new_tokens=9)[0, -9:].tolist()
-        assert result["nll"] == pytest.approx(-evaluate.token_logprobs(logits, answer).mean().item(), rel=1e-4)
+        assert result["nll"] == pytest.approx(F.cross_entropy(logits[0].float(), answer[0]).item(), rel=1e-4)
     frames = list(torch.randn(3, 5, 8))
     fusion, concat = (fused(backbone, kind, 2)[1] for kind in ("additive", "concat"))
     assert probe.run([Branch(fusion)]) == untouched

@@ -50,7 +50,7 @@ pretend.install()
 run, qa, flags = sys.argv[1], sys.argv[2], sys.argv[3:]
 train.main(flags)
 evaluate.main(["caption", run, "--device", "cuda", "--beams", "2", "--rerank", "--samples", "2"])
-evaluate.main(["retention", run, "--device", "cuda", "--qa", qa, "--limit", "3"])
+evaluate.main(["retention", run, "--device", "cuda", "--qa", qa, "--limit-questions", "3"])
 print(json.dumps({"problems": list(map(str, pretend.PROBLEMS)), "tokens": tokens, "waits": waits}))
 """
 
@@ -198,7 +198,7 @@ def test_fusion_alone_in_an_empty_folder_beside_a_torchaudio_of_another_cuda_ver
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.split()[:1] and
             line.split()[0] in fusions.SYSTEMS}
     assert rows.keys() == fusions.SYSTEMS.keys()
-    for kind in rows.keys() - {"concat"}:
-        assert rows[kind][2] == "0", out
+    for system in rows.keys() - {"concat"}:
+        assert rows[system][2] == "0", out
     assert all("0 hooks" in " ".join(r) for r in rows.values())
     assert float(rows["additive"][3]) > 0 and rows["cross_attention"][3] == "0"

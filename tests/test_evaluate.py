@@ -1,16 +1,21 @@
 """Scores against pycocoevalcap's own, decoding against itself, and what a person can get wrong."""
 import csv
 import errno
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from test_train import run
 
 import bootstrap
 import data
@@ -88,7 +93,8 @@ def test_the_statistics_kept_give_the_corpus_scores_again(world):
     items = [item(c.references[0], c.references[1:], c.id) for c in clips]
     scored = evaluate.score(items + [item("", ["a dog"], "silent"), item("a dog", ["a dog"], "same")])
     again = bootstrap.aggregate([json.loads(json.dumps(scored["items"]))])["metrics"]
-    assert again.keys() == {m for m, value in scored["corpus"].items() if value is not None}
+    of_items = {m for m, value in scored["corpus"].items() if value is not None} - {"vocabulary"}  # of all at once
+    assert again.keys() == of_items and scored["corpus"]["vocabulary"] > 5
     for metric, found in again.items():
         assert abs(found["mean"] - scored["corpus"][metric]) < 1e-9, metric
     meteor = np.array([i["scores"]["meteor"] for i in scored["items"]])
@@ -144,13 +150,13 @@ def test_what_json_cannot_hold_is_replaced(bom, tmp_path):
     assert first == {"id": "\ufffd", "prediction": "a dog \ufffd barks \U0001f600", "references": ["\ufffd b"],
                      "logit": None, "more": {"\ufffd": [None, None, 0.1]}}
     assert second == {"id": -3, "prediction": "", "references": ["c"]}
-    data.write_json(tmp_path / "s.json", evaluate.score([first, second], quick=True))
+    data.write_json(tmp_path / "s.json", evaluate.score([first, second], select="spider_lite"))
     assert json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))["items"][0]["logit"] is None
 
 
 def test_a_reader_that_has_left_is_no_error(tmp_path):
     """`| head`: the exit status of a shell's tools, and nothing on stderr, whether print is buffered or not."""
-    (tmp_path / "p.py").write_text("import evaluate\nevaluate.guarded(lambda: print('n 1'))")
+    (tmp_path / "p.py").write_text("import data\ndata.guarded(lambda: print('n 1'))")
     for unbuffered in ("", "1"):
         reader, writer = os.pipe()
         os.close(reader)
@@ -193,28 +199,38 @@ def test_a_java_without_memory(tmp_path):
 
 @pytest.mark.parametrize("number, status", [
     (errno.ENOSPC, 2), (errno.EROFS, 2), (errno.EACCES, 2), (errno.EINVAL, None)])
-def test_a_full_disk_is_one_line(number, status, capsys):
+def test_a_full_disk_is_one_line(number, status, capsys, tmp_path, monkeypatch):
     """As Python says it and as safetensors does; any other OSError is a bug and keeps its traceback."""
     from safetensors import SafetensorError
     reason = os.strerror(number)
     for error in (OSError(number, reason, "w.json"), SafetensorError(f"I/O error: {reason} (os error {number})")):
         def fail():
             raise error
-        with pytest.raises(SystemExit if status else type(error)) as e:
-            evaluate.guarded(fail)
+        # a descriptor of its own: that of standard output is led away from the full disk
+        with open(tmp_path / "out", "w") as out, pytest.raises(SystemExit if status else type(error)) as e:
+            monkeypatch.setattr(sys, "stdout", out)
+            data.guarded(fail)
         if status:
             out = capsys.readouterr().err
             assert e.value.code == status and reason in out and "saved before is whole" in out and out.count("\n") == 1
 
 
 def test_results_of_another_split_have_a_folder_of_their_own():
-    def folder(*flags):
-        args = evaluate.parse_args(["caption", "RUN", *flags])
-        args.hear = args.hear[0]
-        return str(evaluate.results_folder("RUN", args))
-    assert folder() == "RUN" == folder("--split", "test") and folder("--split", "val") == os.path.join("RUN", "val")
-    assert folder("--hear", "audio") == os.path.join("RUN", "audio")
-    assert folder("--hear", "audio", "--split", "val") == os.path.join("RUN", "val", "audio")
+    runs = [evaluate.Run(Path(home, stage), Path(home), {}, None, None, {}) for home, stage in (
+        ("RUN", ""), ("RUN", "scst"), ("x/OTHER", ""), ("x/OTHER", "scst"))]
+
+    def folder(*flags, run=0, others=()):
+        args = evaluate.parse_args(["caption", "RUN", "--with", "OTHER", *flags])
+        found = evaluate.results_folder(runs[run], [runs[i] for i in others], args.hear[0], args)
+        return found.relative_to("RUN").as_posix()
+    assert folder() == "." == folder("--split", "test") and folder("--split", "val") == "val"
+    assert folder("--hear", "audio") == "audio" and folder("--hear", "audio", "--split", "val") == "val/audio"
+    assert folder(run=1) == "scst" and folder("--split", "val", run=1) == "scst/val"
+    assert folder(others=[2]) == "with_OTHER" and folder(others=[3]) == "with_OTHER_scst"
+    assert folder("--hear", "unrelated", others=[2]) == "with_OTHER/unrelated"
+    assert folder("--split", "val", "--hear", "shuffled", others=[2, 3], run=1) == "scst/val/with_OTHER_OTHER_scst/shuffled"
+    clotho = ["--dataset", "clotho", "--data", "d"]
+    assert folder(*clotho) == "on_clotho" and folder(*clotho, "--split", "val") == "on_clotho_val"
 
 
 # ---------------------------------------------------------------- decoding
@@ -256,11 +272,11 @@ def test_candidates(listener):
     assert any(c["source"] == "sample" for k in found for c in k)
 
 
-@pytest.mark.parametrize("kind", fusions.SYSTEMS)
+@pytest.mark.parametrize("system", fusions.SYSTEMS)
 @pytest.mark.parametrize("k, sampling", [(4, False), (3, True)])
-def test_a_prompt_read_once_is_generate_that_reads_it_k_times(prompted, kind, k, sampling):
+def test_a_prompt_read_once_is_generate_that_reads_it_k_times(prompted, system, k, sampling):
     from transformers import GenerationConfig
-    backbone, fusion, ids, slots = prompted(kind, 3)
+    backbone, fusion, ids, slots = prompted(system, 3)
     config = GenerationConfig(max_new_tokens=evaluate.MAX_NEW_TOKENS, do_sample=sampling, num_return_sequences=k,
                               num_beams=1 if sampling else k, length_penalty=evaluate.LENGTH_PENALTY, top_k=0,
                               eos_token_id=backbone.eos, pad_token_id=backbone.pad)
@@ -272,24 +288,27 @@ def test_a_prompt_read_once_is_generate_that_reads_it_k_times(prompted, kind, k,
     assert rows.shape[0] == 3 * k and torch.equal(rows, plain)
 
 
-@pytest.mark.parametrize("kind", fusions.SYSTEMS)
-def test_log_probabilities_of_candidates_are_those_of_each_alone(prompted, kind, monkeypatch):
-    """They are computed in parts, sorted by length."""
-    backbone, fusion, ids, slots = prompted(kind, 3)
+@pytest.mark.parametrize("system", fusions.SYSTEMS)
+def test_log_probabilities_of_candidates_are_those_of_each_alone(prompted, system, monkeypatch):
+    """They are computed in parts, a few clips at a time."""
+    backbone, fusion, ids, slots = prompted(system, 3)
     frames, P = torch.randn(3, 5, 8), ids.shape[1]
     rows = torch.cat([ids.repeat_interleave(4, 0), torch.randint(5, 50, (12, 38))], 1)
     length = [3 * (5 * row % 12) + 1 for row in range(12)]
     for row, n in zip(rows, length):
         row[P + n - 1:] = backbone.eos
     monkeypatch.setattr(evaluate, "generate", lambda *given, **how: rows)
-    with torch.inference_mode(), fusion.attach(backbone.decoder, frames, slots=slots):
-        candidates = evaluate._candidates(backbone, [Branch(fusion, frames)], ids, 4, True, 1.0)
-    assert fusion.row_to_clip is None and [clip for clip, _ in candidates] == [0] * 4 + [1] * 4 + [2] * 4
-    for (clip, candidate), row, n in zip(candidates, rows, length):
+    shuffled = [frames[2], frames[0], frames[1]]  # clips[i] is the clip of row i
+    with torch.inference_mode():
+        candidates = evaluate.find_candidates(backbone, [Branch(fusion, shuffled)], [1, 2, 0], ids, slots, 4, sampling=True)
+    assert [clip for clip, _ in candidates] == [1] * 4 + [2] * 4 + [0] * 4
+    assert {c["source"] for _, c in candidates} == {"sample"} and all(c["ended"] for _, c in candidates)
+    for k, ((_, candidate), row, n) in enumerate(zip(candidates, rows, length)):
+        clip = k // 4
         its = None if slots is None else slots[clip:clip + 1]
         with torch.inference_mode(), fusion.attach(backbone.decoder, frames[clip:clip + 1], slots=its):
             logits = backbone.llava(input_ids=row[None, :P + n]).logits[:, P - 1:-1]
-        alone = evaluate.token_logprobs(logits, row[None, P:P + n]).mean()
+        alone = logits[0].log_softmax(-1).gather(-1, row[P:P + n, None]).mean()
         assert candidate["logprob"] == pytest.approx(alone.item(), abs=1e-4)
 
 
@@ -368,13 +387,37 @@ def test_criteria_by_hand():
 def test_selection_values_are_the_scores_of_the_captions():
     clips = [data.Clip("a", None, ["a dog barks loudly", "a dog is barking"]), data.Clip("b", None, ["rain falls"])]
     found = [candidates(("a dog barks",), ("rain",)), candidates(("rain falls",))]
-    values = evaluate.selection_values(found, clips)
+    values = evaluate.selection_values(found, clips, "spider_lite")
     for pick in ([0, 0], [1, 0]):
-        scored = evaluate.score(evaluate.make_items(clips, [k[p] for k, p in zip(found, pick)]), quick=True)
+        scored = evaluate.score(evaluate.make_items(clips, [k[p] for k, p in zip(found, pick)]), select="spider_lite")
         assert [v[p] for v, p in zip(values, pick)] == [i["scores"]["spider_lite"] for i in scored["items"]]
-    pick, more = evaluate.rerank([[{**c, "logprob": 0, "clap": j, "clap_other": -j, "consensus": 0}
-                                   for j, c in enumerate(k)] for k in found], clips, [0, 1, 0])
-    assert pick == [1, 0] and more["oracle"]["spider_lite"] == more["other_clip"]["spider_lite"] > 0
+
+
+def test_a_choice_is_written_beside_the_first_beam(tmp_path, capsys):
+    clips = [data.Clip("a", None, ["a dog barks loudly", "a dog is barking"]), data.Clip("b", None, ["rain falls"])]
+    found = [candidates(("a dog barks",), ("rain",)), candidates(("rain falls",))]
+    for clip in found:
+        for j, candidate in enumerate(clip):
+            candidate |= {"logprob": 0, "clap": j, "clap_other": -j, "consensus": 0, "ended": True}
+    items = evaluate.make_items(clips, [clip[0] for clip in found], found)
+    evaluate.write_results(tmp_path, predictions=items, result={"n": 2, "seed": 3, "spider_lite": 9}, run_card={
+        "decoding": {"beams": 2, "rerank": None}, "clap": {"reranks": None}, "encoder": {"path": "clap"}})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    reranker = {"weights": dict(zip(evaluate.CRITERIA, [0, 1, 0])), "n": 24}
+    evaluate.rerank(tmp_path, reranker, "spider_lite")
+    chosen, result, card = (read(tmp_path / f"rerank/{name}.json") for name in ("predictions", "result", "run_card"))
+    assert [i["prediction"] for i in chosen] == ["rain", "rain falls"]
+    assert result["oracle"]["spider_lite"] == result["other_clip"]["spider_lite"] > result["spider_lite"] > 0
+    first = evaluate.score(items, select="spider_lite")["corpus"]["spider_lite"]
+    assert result["oracle"]["spider_lite"] == first and result["seed"] == 3 and result["n"] == 2
+    assert result["reranker"] == reranker == card["decoding"]["rerank"] and card["clap"]["reranks"] == "clap"
+    assert result["mean_words"] == 1.5 and result["diversity"]["candidates"] == 1.5
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    assert capsys.readouterr().out.count("\n") == 1
+    del items[1]["candidates"][0]["clap"]
+    evaluate.write_results(tmp_path, predictions=items)
+    with pytest.raises(data.InputError, match="lack logprob, clap, consensus; run .*--rerank. first"):
+        evaluate.rerank(tmp_path, reranker, "spider_lite")
 
 
 def test_diversity_by_hand():
@@ -393,10 +436,10 @@ def test_lengths():
 
 def test_placeholders_beside_an_image(listener, world):
     backbone, *_ = listener
-    questions, _ = data.read_qa(world / "data/qa/test.json", limit=6)
+    questions, _ = data.read_qa(world / "data/qa/test.json", None, 6)
     probe = evaluate.Probe(backbone, questions, 6)
-    batch, _ = probe.batches[0]
-    more, slots = probe.with_placeholders(batch, 8)
+    ((batch, none),), ((more, slots),) = probe._encode(0), probe._encode(8)
+    assert none is None and slots.shape == (6, 8) and torch.equal(more["pixel_values"], batch["pixel_values"])
     for row in range(6):
         keep = torch.ones(more["input_ids"].shape[1], dtype=torch.bool)
         keep[slots[row]] = False
@@ -412,7 +455,7 @@ def pair(listener, world):
     torch.manual_seed(4)
     sees = fusions.build("additive", backbone.decoder, encoder_width=48, layers=[2, 6], tokens=4, gate_init=0.3,
                          modality="video").eval()
-    questions, _ = data.read_qa(world / "data/qa/test.json", limit=16)
+    questions, _ = data.read_qa(world / "data/qa/test.json", None, 16)
     probe = evaluate.Probe(backbone, questions, 6)
     audio, video = [torch.randn(9, 64) for _ in range(16)], [torch.randn(5, 48)] * 16
     return probe, probe.run(), Branch(hears, audio), Branch(sees, video)
@@ -484,72 +527,134 @@ def test_silence_and_noise(world, modality, model):
 
 # ---------------------------------------------------------------- the decision about a second modality
 
-def a_try(folder, gate_l2, audio=(0.6, 0.6), vl=(0.9, 0.9), identical=True):
-    folder.mkdir()
-    metric = evaluate.selection_metric()
-    right = [[{"answer": "yes" if i < 200 * share else "no"} for i in range(200)] for share in vl]
-    for name, content in {
-            "config": {"gate_l2": gate_l2, "keep": 1e4 * gate_l2}, "result": {"gates": {"3": 0.1}, "cider_d": 2.0},
-            "audio_again": {"modality": "audio", "before": {metric: audio[0]}, "distracted": {metric: audio[1]},
-                            "clean_identical": identical, f"{metric}_loss_ci95": [-0.01, 0.02]},
-            "retention_items": [{"truth": "Yes.", "unrelated_audio": a, "unrelated_clip": b} for a, b in zip(*right)],
-            "retention": {"conditions": {"no_clip": {"identical": True}, "nothing_attached": {"identical": True},
-                                         "unrelated_audio": {"accuracy": vl[0]},
-                                         "unrelated_clip": {"accuracy": vl[1]}}},
-    }.items():
+QUESTIONS = 200
+
+
+def write(folder, **contents):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def answered(share):
+    return [{"id": str(i), "truth": "Yes.", "unrelated_clip": {"answer": "yes" if i < QUESTIONS * share else "no"}}
+            for i in range(QUESTIONS)]
+
+
+def first_sense(folder, metric="spider_lite"):
+    captions = [{"id": str(i), "scores": {metric: 0.6}} for i in range(100)]
+    write(folder, config={"metric": metric}, predictions=captions, retention_items=answered(0.9),
+          result={metric: 0.6, "n": 100}, retention={"conditions": {"unrelated_clip": {"accuracy": 0.9}}})
     return folder
 
 
-def decide(runs, tolerance, out):
+def a_try(first, name, gate_l2, losses=(0.0,), vl=0.9, identical=True, metric="spider_lite"):
+    """A second sense; losses: of the first one's captions, over and over."""
+    scores = [0.6 - losses[i % len(losses)] for i in range(100)]
+    write(first.parent / name, config={"gate_l2": gate_l2, "keep": 1e4 * gate_l2},
+          result={"gates": {"3": 0.1}, "cider_d": 2.0})
+    conditions = {"no_clip": {"identical": True}, "nothing_attached": {"identical": identical},
+                  "unrelated_clip": {"accuracy": vl}}
+    write(first / f"with_{name}", retention={"conditions": conditions}, retention_items=answered(vl))
+    write(first / f"with_{name}/unrelated", result={metric: float(np.mean(scores)), "n": 100},
+          predictions=[{"id": str(i), "scores": {metric: score}} for i, score in enumerate(scores)])
+    return first.parent / name
+
+
+def decide(first, runs, tolerance, out):
     """Exit status, and what was written."""
     try:
-        evaluate.main(["decide", *map(str, runs), "--tolerance", str(tolerance), "--out", str(out)])
+        evaluate.main(["decide", str(first), *map(str, runs), "--tolerance", str(tolerance), "--out", str(out)])
         status = 0
     except SystemExit as e:
         status = e.code
-    return status, json.loads(out.read_text())
+    return status, read(out)
 
 
-def test_the_decision(tmp_path, capsys):
-    tries = [a_try(tmp_path / "1", 1e-4, audio=(0.6, 0.5)), a_try(tmp_path / "2", 1e-3, vl=(0.9, 0.89)),
-             a_try(tmp_path / "3", 1e-2, audio=(0.6, 0.597), vl=(0.9, 0.91))]
-    spoilt = a_try(tmp_path / "4", 1e-1, identical=False)
-    out = tmp_path / "phase3" / "decision.json"
+@pytest.mark.parametrize("metric", ["spider_lite", "spider"])
+def test_the_decision(tmp_path, capsys, metric):
+    first = first_sense(tmp_path / "audio", metric)
+    make = functools.partial(a_try, first, metric=metric)
+    tries = [make("1", 1e-4, losses=(0.1,)), make("2", 1e-3, vl=0.88), make("3", 1e-2, losses=(0.003,), vl=0.91)]
+    spoilt, out = make("4", 1e-1, identical=False), tmp_path / "phase3" / "decision.json"
     out.parent.mkdir()
     for runs, tolerance, status in [(tries[:1], 0.5, 3), (tries[:1], 10.5, 0), (tries[:2], 0.5, 3), (tries, 0.5, 0),
                                     (tries, -1, 3), (tries, 0.2, 3), ([spoilt], 100, 3)]:
-        got, found = decide(runs, tolerance, out)
+        got, found = decide(first, runs, tolerance, out)
         assert got == status, (runs, tolerance, found)
-        assert found["decision"] == ("keep" if status == 0 else "raise keep and gate_l2") and len(found["tries"]) == len(runs)
-        assert [t["run"] for t in found["tries"]] == list(map(str, runs))
+        assert found["decision"] == ("keep" if status == 0 else "raise keep") and len(found["tries"]) == len(runs)
+        assert [t["run"] for t in found["tries"]] == list(map(str, runs)) and found["tolerance"] == tolerance
     capsys.readouterr()
-    found = decide(tries, 0.5, out)[1]["tries"]
+    found = decide(first, tries, 0.5, out)[1]["tries"]
     assert capsys.readouterr().out.count("\n") == 3
     assert [t["gate_l2"] for t in found] == [1e-4, 1e-3, 1e-2] and [t["within"] for t in found] == [False, False, True]
-    assert [t["keep"] for t in found] == [1, 10, 100]
-    assert found[0]["audio"]["loss"] == pytest.approx(10) and found[1]["vl"]["loss"] == pytest.approx(1)
-    assert found[0]["audio"]["loss_ci95"] == [-1, 2] and found[0]["vl"]["loss_ci95"] == [0, 0]
-    low, high = found[1]["vl"]["loss_ci95"]  # two of 200 questions are lost: 0 to 2.5 points, about Poisson
-    assert 0 <= low < 0.5 and 2 <= high <= 3
-    (tries[0] / "retention.json").unlink()
-    with pytest.raises(data.InputError, match="retention"):
-        decide(tries, 0.5, out)
+    assert [t["keep"] for t in found] == [1, 10, 100] and all(t["clean_identical"] for t in found)
+    assert all(t["cider_d"] == 2 and t["gates"] == {"3": 0.1} for t in found)
+    assert found[0]["audio"].pop("loss_ci95") == pytest.approx([10, 10])
+    assert found[0]["audio"] == pytest.approx({"before": 60, "after": 50, "loss": 10})
+    assert found[0]["vl"]["loss_ci95"] == [0, 0] and found[1]["vl"]["loss"] == pytest.approx(2)
+    assert found[1]["vl"]["before"] == pytest.approx(90) and found[2]["vl"]["loss"] == pytest.approx(-1)
+    low, high = found[1]["vl"]["loss_ci95"]  # four of 200 questions are lost: 0.5 to 4 points, about Poisson
+    assert 0 < low <= 0.5 and 3.5 <= high <= 4.5
+    (first / "with_1/retention.json").unlink()
+    with pytest.raises(data.InputError, match="with_1.retention.json.*--with it first"):
+        decide(first, tries, 0.5, out)
+
+
+@pytest.mark.parametrize("what, within, beyond", [
+    # a point of captions is lost, some gain and some lose: noise at 0.5, but not where it is three times as much
+    (dict(losses=(0.2, -0.18)), 0.5, 0.3),
+    # the same point of every caption is no noise; a loss that is not larger than the tolerance is within it
+    (dict(losses=(0.01,)), 1.1, 0.5),
+    # two of 200 questions may be chance, four are not
+    (dict(vl=0.89), 0.5, 0.3), (dict(vl=0.88), 2.1, 0.7),
+    # what is won is no loss
+    (dict(losses=(-0.1,), vl=0.95), 0.0, None)])
+def test_a_loss_must_stand_out_from_its_noise(tmp_path, what, within, beyond):
+    first = first_sense(tmp_path / "audio")
+    run = a_try(first, "video", 1e-4, **what)
+    assert decide(first, [run], within, tmp_path / "d.json")[0] == 0
+    if beyond is not None:
+        assert decide(first, [run], beyond, tmp_path / "d.json")[0] == 3
+
+
+def test_a_decision_about_other_clips_is_refused(tmp_path):
+    """Only what is the same clip or question can be paired: one line where it is not."""
+    first = first_sense(tmp_path / "audio")
+    run = a_try(first, "video", 1e-4)
+    captions, items = first / "with_video/unrelated/predictions.json", first / "with_video/retention_items.json"
+    for path in (captions, items):
+        whole = path.read_text()
+        for rows in (read(path)[:-1], read(path)[::-1]):
+            path.write_text(json.dumps(rows))
+            with pytest.raises(data.InputError, match=f"with_video.*{path.name}.*other") as error:
+                decide(first, [run], 0.5, tmp_path / "d.json")
+            assert "\n" not in str(error.value)
+        path.write_text(whole)
+    assert decide(first, [run], 0.5, tmp_path / "d.json")[0] == 0
 
 
 # ---------------------------------------------------------------- cost and noise
 
-def test_seconds_to_ninety_percent(monkeypatch):
-    key = f"val_{evaluate.selection_metric()}"
-    lines = [{"event": "step", "stage": "xe", "seconds": 1}] + [
-        {"event": "validation", "stage": stage, "seconds": seconds, key: value} for stage, seconds, value in (
-            ("xe", 10, 0.2), ("xe", 20, 0.45), ("xe", 30, 0.5), ("xe", 40, 0.4), ("scst", 50, 0.44), ("scst", 60, 0.6))]
-    assert evaluate.seconds_to_fraction(lines) == 20  # 0.45 is 90% of the checkpoint kept, not of the last
-    assert evaluate.seconds_to_fraction(lines, fraction=1.0) == 30 and evaluate.seconds_to_fraction(lines, fraction=0.0) == 10
-    assert evaluate.seconds_to_fraction(lines, "scst") == 60 and evaluate.seconds_to_fraction(lines, "scst", 0.7) == 20
-    assert evaluate.seconds_to_fraction(lines[:1]) is None is evaluate.seconds_to_fraction(lines[:5], "scst")
-    monkeypatch.setattr(evaluate, "selection_metric", lambda: "spider")  # SPICE was installed after the run
-    assert evaluate.seconds_to_fraction(lines) == 20
+def test_seconds_to_ninety_percent(tmp_path, monkeypatch):
+    def seconds(n=None, stage="xe", metric="spider_lite", **more):
+        rows = [{("val_" + metric if k == "value" else k): v for k, v in row.items()} for row in lines[:n]]
+        (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        config = {"metric": metric} if metric != "spider_lite" else {}  # as runs had it before
+        folder = tmp_path if stage == "xe" else tmp_path / stage
+        return evaluate.seconds_to_fraction(evaluate.Run(folder, tmp_path, config, None, None, config), **more)
+
+    lines = [{"event": "step", "stage": "xe", "seconds": 1}]
+    for stage, at, value in (("xe", 10, 0.2), ("xe", 20, 0.45), ("xe", 30, 0.5), ("xe", 40, 0.4), ("scst", 50, 0.44),
+                             ("scst", 60, 0.6)):
+        lines.append({"event": "validation", "stage": stage, "seconds": at, "value": value})
+    for metric in ("spider_lite", "spider", "accuracy"):
+        assert seconds(metric=metric) == 20  # 0.45 is 90% of the checkpoint kept, not of the last
+    assert seconds(fraction=1.0) == 30 and seconds(fraction=0.0) == 10
+    assert seconds(stage="scst") == 60 and seconds(stage="scst", fraction=0.7) == 20
+    assert seconds(1) is None is seconds(5, "scst")
+    monkeypatch.setattr(evaluate, "spice_installed", lambda: True)  # after the run
+    assert seconds() == 20
 
 
 class Waves:
@@ -585,21 +690,280 @@ def test_noise_is_of_the_wanted_strength_and_of_another_clip(tmp_path):
         evaluate.noisy_frames((paths[0], paths[3]), Waves(), "clip", 5, 0)
 
 
+# ---------------------------------------------------------------- finished runs
+
+TINY = ["--steps", "40", "--eval-every", "40", "--gate-init", "0.1"]
+RESULTS = ("predictions", "run_card", "result")
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def predictions(folder):
+    return [i["prediction"] for i in read(folder / "predictions.json")]
+
+
+@pytest.fixture(scope="module")
+def senses(world, tmp_path_factory):
+    """A folder of runs: hears and prefix (concat) with sound, sees with video; closed: sees with its gates closed."""
+    folder = tmp_path_factory.mktemp("senses")
+    run(world, folder / "hears", *TINY)
+    run(world, folder / "prefix", *TINY, "--fusion", "concat")
+    run(world, folder / "sees", *TINY, "--dataset", "av", "--data", world / "data/av", "--modality", "video",
+        "--encoder", world / "models/timesformer", "--contrastive", "0", "--layers", "2", "6")
+    shutil.copytree(folder / "sees", folder / "closed")
+    state = load_file(folder / "closed/fusion.safetensors")
+    save_file({k: v * ("gate" not in k) for k, v in state.items()}, folder / "closed/fusion.safetensors")
+    return folder
+
+
+def untouched(run, folder):
+    """A copy of a run as train.py has left it."""
+    results = ("with_*", "val", "rerank", "audio", "shuffled", "retention*", *(f"{name}.json" for name in RESULTS))
+    return shutil.copytree(run, folder, ignore=shutil.ignore_patterns(*results))
+
+
+def caption(*words):
+    evaluate.main(["caption", *map(str, words), "--beams", "1"])
+
+
+def test_senses_that_have_never_met(senses, monkeypatch):
+    """Video with sound: each sense alone, both, another clip's; each in a folder that says so."""
+    sees, hears = senses / "sees", senses / "hears"
+    caption(sees, "--hear", "all", "shuffled")
+    caption(sees, "--with", hears, "--hear", "all", "audio", "video", "shuffled")
+    both = sees / "with_hears"
+    assert {p.name for p in both.iterdir()} == {"audio", "video", "shuffled", *(f"{name}.json" for name in RESULTS)}
+    said = {name: predictions(both / name) for name in ("", "audio", "video", "shuffled")}
+    assert said["video"] == predictions(sees) != said[""] != said["shuffled"] and said["audio"] != said[""]
+    results = {name: read(both / name / "result.json") for name in said}
+    assert [r["hear"] for r in results.values()] == ["all", "audio", "video", "shuffled"]
+    assert {r["name"] for r in results.values()} == {"sees"} and {r["n"] for r in results.values()} == {len(said[""])}
+    assert read(both / "run_card.json")["with"] == [{"run": str(hears), "encoder": read(hears / "config.json")["encoder"]}]
+    assert read(sees / "run_card.json")["with"] == [] and read(sees / "shuffled/run_card.json")["with"] == []
+    assert predictions(sees / "shuffled") != predictions(sees)
+    # from Python: the same, in any order of the branches
+    one, two = (evaluate.open_run(folder) for folder in (sees, hears))
+    inputs = data.load_inputs([one.config, two.config], "test", "cpu")
+    branches = evaluate.attached([one, two], inputs.frames)
+    for order in (branches, branches[::-1]):
+        found = evaluate.decode(one.backbone, order, inputs.prompts)
+        assert [clip[0]["text"] for clip in found] == said[""]
+    decode, decoded = evaluate.decode, []
+
+    def recorded(*given, **how):
+        found = decode(*given, **how)
+        decoded.append([clip[0]["text"] for clip in found])
+        return found
+
+    monkeypatch.setattr(evaluate, "decode", recorded)
+    evaluate.main(["robustness", str(sees), "--with", str(hears), "--snr", "0", "--noise", "white"])
+    assert len(decoded) == 2 and decoded[0] == said[""] != decoded[1]  # the sound alone is noisy
+    noisy = read(both / "robustness.json")
+    assert noisy["clean"]["cider_d"] == pytest.approx(results[""]["cider_d"])
+    assert noisy["noise"]["white"].keys() == {"0"} and not (sees / "robustness.json").exists()
+
+
+def test_the_first_sense_beside_unrelated_clips_of_the_second(world, senses, tmp_path):
+    """Closed gates and absent clips are exact, in captions and in answers; what is there is made again."""
+    hears, sees, closed = senses / "hears", senses / "sees", senses / "closed"
+    for each in (hears, sees, closed):
+        caption(each)
+    own = read(hears / "predictions.json")
+    for other in (sees, closed):
+        caption(hears, "--with", other, "--hear", "unrelated")
+    beside = read(hears / "with_sees/unrelated/predictions.json")
+    assert [i["id"] for i in beside] == [i["id"] for i in own] and beside != own
+    assert read(hears / "with_closed/unrelated/predictions.json") == own
+    probe = ["--qa", world / "data/qa/test.json", "--limit-questions", "12"]
+
+    def retain(*words):
+        evaluate.main([*map(str, ["retention", *words, *probe])])
+
+    retain(hears)
+    for other in (sees, closed):
+        retain(hears, "--with", other)
+    alone, items = (read(hears / f"{name}.json") for name in ("retention", "retention_items"))
+    for name in ("sees", "closed"):
+        report, beside = (read(hears / f"with_{name}/{file}.json") for file in ("retention", "retention_items"))
+        assert report["hash"] == alone["hash"] and report["conditions"].keys() == alone["conditions"].keys()
+        for condition in ("backbone", "gates_closed", "no_clip", "nothing_attached"):
+            assert report["conditions"][condition]["identical"], condition
+        # the same questions beside the same sounds
+        assert [(i["id"], i["clip"]) for i in beside] == [(i["id"], i["clip"]) for i in items]
+        same = [a["unrelated_clip"] == b["unrelated_clip"] for a, b in zip(items, beside)]
+        assert all(same) if name == "closed" else not any(same)
+    status, found = decide(hears, [closed], 0, tmp_path / "decision.json")
+    assert status == 0 and found["tries"][0]["audio"]["loss"] == 0 == found["tries"][0]["vl"]["loss"]
+    assert found["tries"][0]["audio"]["loss_ci95"] == [0, 0] and found["tries"][0]["clean_identical"]
+    status, found = decide(hears, [closed, sees], 100, tmp_path / "decision.json")
+    assert status == 0 and [Path(t["run"]).name for t in found["tries"]] == ["closed", "sees"]
+    metric = read(hears / "config.json")["metric"]
+    after = read(hears / "with_sees/unrelated/result.json")[metric]
+    assert found["tries"][1]["audio"]["after"] == pytest.approx(100 * after)
+    # other questions, asked into the same folder: it holds those, not the older ones
+    probe[-1] = "5"
+    retain(hears)
+    assert read(hears / "retention.json")["n"] == 5 == len(read(hears / "retention_items.json"))
+    (hears / "result.json").write_text("{}")
+    caption(hears)
+    assert read(hears / "result.json")["n"] == len(own) and read(hears / "predictions.json") == own
+
+
+def test_what_cannot_be_attached_together(world, senses, tmp_path):
+    """Another backbone, two concats: one line. A concat beside an additive branch is supported."""
+    hears, prefix = senses / "hears", senses / "prefix"
+    untouched(prefix, tmp_path / "other")
+    shutil.copytree(world / "models/llava", tmp_path / "llava")
+    config = read(prefix / "config.json") | {"llava": str(tmp_path / "llava")}
+    write(tmp_path / "other", config=config)
+    caption(hears, "--with", tmp_path / "other")                            # another path, the same weights
+    weights = load_file(tmp_path / "llava/model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.7.mlp.up_proj.weight"))
+    weights[name] = weights[name] * 1.01
+    save_file(weights, tmp_path / "llava/model.safetensors", {"format": "pt"})
+    write(tmp_path / "other", config=config | {"llava": str(tmp_path / "llava") + "/"})  # not the one that is loaded
+    with pytest.raises(data.InputError, match="--with .*other: was trained on .*one backbone") as error:
+        caption(hears, "--with", tmp_path / "other")
+    assert "\n" not in str(error.value)
+    with pytest.raises(data.InputError, match="two concat runs cannot be attached together") as error:
+        caption(prefix, "--with", prefix)
+    assert "\n" not in str(error.value)
+    caption(prefix)
+    caption(prefix, "--with", hears)
+    caption(prefix, "--with", hears, "--hear", "shuffled")
+    both, shuffled = predictions(prefix / "with_hears"), predictions(prefix / "with_hears/shuffled")
+    assert both != predictions(prefix) and both != shuffled
+    caption(prefix, "--with", senses / "closed", "--hear", "unrelated")     # concat's own, and nothing more
+    assert predictions(prefix / "with_closed/unrelated") == predictions(prefix)
+    for more, message in ((["--hear", "unrelated"], "--hear unrelated needs --with RUN"),):
+        with pytest.raises(SystemExit, match="2"):
+            caption(prefix, *more)
+    with pytest.raises(data.InputError, match="--rerank needs a run with audio, without --with"):
+        caption(hears, "--with", prefix, "--rerank")
+    with pytest.raises(data.InputError, match="--hear video: no such branch"):
+        caption(hears, "--hear", "video")
+
+
+def test_rerank_ends_where_caption_rerank_does(senses, tmp_path, monkeypatch):
+    """The first beam stays in RUN, the choice goes to RUN/rerank, whichever command makes it."""
+    home = untouched(senses / "hears", tmp_path / "hears")
+    flags = ["--rerank", "--samples", "3", "--beams", "2"]
+    evaluate.main(["caption", str(home), "--beams", "2"])
+    first = predictions(home)
+    evaluate.main(["caption", str(home), *flags])
+    assert predictions(home) == first and read(home / "run_card.json")["decoding"]["rerank"] is None
+    made = {p.name: p.read_bytes() for p in (home / "rerank").iterdir()}
+    assert made.keys() == {"reranker.json", *(f"{name}.json" for name in RESULTS)}
+    result, fitted = read(home / "rerank/result.json"), read(home / "rerank/reranker.json")
+    assert result["reranker"] == fitted and fitted["metric"] == "spider_lite" and {"oracle", "other_clip"} <= result.keys()
+    assert result["oracle"]["spider_lite"] >= result["spider_lite"] and result["name"] == "hears"
+    assert fitted["oracle"] >= fitted["reranked"] >= fitted["first_beam"]
+    monkeypatch.setattr(evaluate, "decode", lambda *given, **how: pytest.fail("nothing needs to be decoded"))
+    evaluate.main(["rerank", str(home)])
+    assert made == {p.name: p.read_bytes() for p in (home / "rerank").iterdir()}
+    evaluate.main(["rerank", str(home), "--weights", *map(str, fitted["weights"].values())])
+    again = read(home / "rerank/result.json")
+    assert (home / "rerank/predictions.json").read_bytes() == made["predictions.json"]
+    assert again.pop("reranker")["weights"] == result.pop("reranker")["weights"] and again == result
+    evaluate.main(["rerank", str(home), "--weights", "0", "1", "0"])
+    assert read(home / "rerank/result.json")["reranker"]["weights"] == {"logprob": 0, "clap": 1, "consensus": 0}
+    assert predictions(home) == first
+    # a SPICE that is installed later: what the run was selected by still tells its candidates apart
+    monkeypatch.setattr(evaluate, "spice_installed", lambda: True)
+    monkeypatch.setattr(evaluate, "spice", lambda hypotheses, references: [0.25] * len(hypotheses))
+    evaluate.main(["rerank", str(home)])
+    newer = read(home / "rerank/result.json")
+    assert newer["spice"] == 0.25 and (home / "rerank/reranker.json").read_bytes() == made["reranker.json"]
+    assert newer["oracle"] == result["oracle"] and newer["spider_lite"] == result["spider_lite"]
+    monkeypatch.undo()
+    evaluate.main(["caption", str(home), "--beams", "1"])
+    for weights in ([], ["--weights", "0", "1", "0"]):
+        with pytest.raises(data.InputError, match="lack logprob.*; run .*--rerank. first"):
+            evaluate.main(["rerank", str(home), *weights])
+    with pytest.raises(data.InputError, match="sees.*--rerank") as error:  # no sound to compare with
+        evaluate.main(["caption", str(senses / "sees"), "--beams", "1"])
+        evaluate.main(["rerank", str(senses / "sees")])
+    assert "\n" not in str(error.value)
+
+
+def test_runs_are_scored_in_place(senses, tmp_path, monkeypatch, capsys):
+    """A metric that was absent comes into every result of a run without decoding; a half-written file cannot be."""
+    home = untouched(senses / "hears", tmp_path / "hears")
+    evaluate.main(["caption", str(home), "--beams", "2", "--rerank", "--samples", "2"])
+    evaluate.main(["caption", str(home), "--beams", "1", "--split", "val"])
+    folders, before = [home, home / "rerank", home / "val"], {}
+    for folder in folders:
+        items, result = read(folder / "predictions.json"), read(folder / "result.json")
+        assert result["spice"] is None and result["spider"] is None
+        before[folder] = items, dict(result)
+        for i in items:
+            del i["scores"]["meteor"], i["stats"]["meteor"]
+        del result["meteor"]
+        write(folder, predictions=items, result=result)
+        for name in ("predictions", "result"):  # a second name of what is there: it is replaced, not written into
+            os.link(folder / f"{name}.json", tmp_path / f"{folder.name}_{name}")
+    monkeypatch.setattr(evaluate, "decode", lambda *given, **how: pytest.fail("nothing needs to be decoded"))
+    monkeypatch.setattr(evaluate, "open_run", lambda *given, **how: pytest.fail("no model is needed"))
+    capsys.readouterr()
+    evaluate.main(["score", str(home)])
+    assert capsys.readouterr().out.count("\n") == 3
+    for folder, (_, result) in before.items():
+        scored = read(folder / "result.json")
+        assert scored == result and scored["meteor"] > 0
+        scores = [i["scores"]["meteor"] for i in read(folder / "predictions.json")]
+        assert scores and all(isinstance(s, float) for s in scores)
+        for name in ("predictions", "result"):
+            assert "meteor" not in (tmp_path / f"{folder.name}_{name}").read_text()
+    monkeypatch.setattr(evaluate, "spice_installed", lambda: True)
+    monkeypatch.setattr(evaluate, "spice", lambda hypotheses, references: [0.5] * len(hypotheses))
+    evaluate.main(["score", str(home), str(home / "val")])
+    for folder, (items, result) in before.items():
+        scored, chosen = read(folder / "result.json"), read(folder / "predictions.json")
+        assert scored["spice"] == 0.5 and scored["spider"] == pytest.approx((scored["cider_d"] + 0.5) / 2)
+        assert {**scored, "spice": None, "spider": None} == result
+        assert all(i["scores"]["spice"] == 0.5 for i in chosen)
+        assert [i["prediction"] for i in chosen] == [i["prediction"] for i in items]
+    assert not list(home.rglob("*.tmp*")) and read(home / "config.json")["metric"] == "spider_lite"
+    assert "candidates" in read(home / "predictions.json")[0]
+    for words, message in (([home, "--out", tmp_path / "s.json"], "--out is for a file"),
+                           ([senses / "sees/nowhere", home], "give one file"),
+                           ([tmp_path / "empty"], "holds no predictions.json")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(data.InputError, match=message):
+            evaluate.main(["score", *map(str, words)])
+
+
+def test_a_run_is_used_from_python(senses):
+    """As a person would: opened, asked, and nothing written."""
+    run = evaluate.open_run(senses / "hears")
+    before = {p: p.stat().st_mtime_ns for p in (senses / "hears").rglob("*")}
+    assert run.metric == "spider_lite" and run.stage == "xe" and run.temperature == 1 and run.name == "hears"
+    inputs = data.load_inputs([run.config], "test", "cpu")
+    found = evaluate.decode(run.backbone, evaluate.attached([run], inputs.frames), inputs.prompts[:4])
+    captions = evaluate.describe(run, [clip.path for clip in inputs.split.clips[:4]], beams=1)
+    assert captions == [clip[0]["text"] for clip in found]
+    assert before == {p: p.stat().st_mtime_ns for p in (senses / "hears").rglob("*")}
+
+
 # ---------------------------------------------------------------- a person's mistakes
 
 @pytest.mark.parametrize("args, message", [
     (["caption", "nowhere"], "not a run folder"),
     (["retention", "nowhere", "--qa", "x.json"], "not a run folder"),
-    (["score", "nowhere.json", "--out", "s.json"], "nowhere.json: cannot be read")])
+    (["score", "nowhere.json", "--out", "s.json"], "nowhere.json: cannot be read"),
+    (["score", "nowhere.json"], "give one file"), (["rerank", "nowhere"], "nowhere"), (["check", "nowhere"], "nowhere"),
+    (["decide", "nowhere", "no", "--out", "d.json"], "nowhere")])
 def test_mistakes_are_one_line(args, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        evaluate.guarded(lambda: evaluate.main(args))
+        data.guarded(lambda: evaluate.main(args), fusions.FusionError)
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1 and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("flag", ["--beams 0", "--batch-size 0", "--samples -1"])
+@pytest.mark.parametrize("flag", ["--beams 0", "--batch-size 0", "--samples -1", "--seed -1"])
 def test_impossible_numbers_are_refused(flag, capsys):
     with pytest.raises(SystemExit, match="2"):
         evaluate.main(["caption", "nowhere", *flag.split()])
@@ -608,4 +972,4 @@ def test_impossible_numbers_are_refused(flag, capsys):
 
 def test_ctrl_c_is_exit_status_130():
     with pytest.raises(SystemExit, match="130"):
-        evaluate.guarded(Mock(side_effect=KeyboardInterrupt))
+        data.guarded(Mock(side_effect=KeyboardInterrupt))

@@ -51,10 +51,10 @@ def llama():
     return language_model("llama")
 
 
-def make(kind, decoder, layers=(2, 4), seed=1, **kwargs):
+def make(system, decoder, layers=(2, 4), seed=1, **kwargs):
     torch.manual_seed(seed)
-    fusion = fusions.build(kind, decoder, encoder_width=24, layers=list(layers), tokens=5, hidden=32, **kwargs)
-    if kind in ("cross_attention", "unfreeze"):
+    fusion = fusions.build(system, decoder, encoder_width=24, layers=list(layers), tokens=5, hidden=32, **kwargs)
+    if system in ("cross_attention", "unfreeze"):
         fusion.set_gates(0.8)
     return fusion.eval()
 
@@ -68,10 +68,10 @@ def inputs(B=3, T=12, S=9):
 # ---------------------------------------------------------------- closed, open, gone
 
 @pytest.mark.parametrize("layers", [(0,), (2,), (5,), (2, 4), (0, 1, 2, 3, 4, 5)])
-@pytest.mark.parametrize("kind", GATED)
-def test_closed_gates_are_the_backbone(model, kind, layers):
+@pytest.mark.parametrize("system", GATED)
+def test_closed_gates_are_the_backbone(model, system, layers):
     decoder, (ids, frames, mask, _) = decoder_of(model), inputs()
-    fusion = make(kind, decoder, layers)
+    fusion = make(system, decoder, layers)
     with torch.no_grad():
         before = model(ids).logits
         with fusion.attach(decoder, frames, mask):
@@ -85,11 +85,11 @@ def test_closed_gates_are_the_backbone(model, kind, layers):
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("kind", list(fusions.SYSTEMS))
-def test_nothing_is_left_behind_after_an_exception(llama, kind):
+@pytest.mark.parametrize("system", list(fusions.SYSTEMS))
+def test_nothing_is_left_behind_after_an_exception(llama, system):
     decoder, (ids, frames, mask, slots) = decoder_of(llama), inputs()
     blocks, weights = list(decoder.layers), {k: v.clone() for k, v in llama.state_dict().items()}
-    fusion = make(kind, decoder)
+    fusion = make(system, decoder)
     with pytest.raises(ZeroDivisionError), fusion.attach(decoder, frames, mask, slots):
         llama(ids)
         1 / 0
@@ -98,11 +98,11 @@ def test_nothing_is_left_behind_after_an_exception(llama, kind):
     assert all(torch.equal(v, weights[k]) for k, v in llama.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", GATED)
-def test_a_null_slot(llama, kind, tmp_path):
+@pytest.mark.parametrize("system", GATED)
+def test_a_null_slot(llama, system, tmp_path):
     """At the start it takes its share of the read-out; with a large logit nothing is read; closed gates stay exact."""
     decoder, (ids, frames, mask, _) = decoder_of(llama), inputs()
-    plain, fusion = make(kind, decoder), make(kind, decoder, null_slot=True)
+    plain, fusion = make(system, decoder), make(system, decoder, null_slot=True)
     fusion.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
         before = llama(ids).logits
@@ -152,20 +152,20 @@ def test_unfreeze_swaps_its_blocks_in_and_out(llama):
 
 # ---------------------------------------------------------------- generation
 
-@pytest.mark.parametrize("kind", list(fusions.SYSTEMS))
-def test_greedy_with_cache_equals_teacher_forced_argmax(model, kind):
+@pytest.mark.parametrize("system", list(fusions.SYSTEMS))
+def test_greedy_with_cache_equals_teacher_forced_argmax(model, system):
     decoder, (ids, frames, mask, slots) = decoder_of(model), inputs()
-    with torch.no_grad(), make(kind, decoder).attach(decoder, frames, mask, slots):
+    with torch.no_grad(), make(system, decoder).attach(decoder, frames, mask, slots):
         rows = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
                               eos_token_id=None)
         best = model(rows).logits[:, ids.shape[1] - 1:-1].argmax(-1)
     assert torch.equal(rows[:, ids.shape[1]:], best)
 
 
-@pytest.mark.parametrize("kind", list(fusions.SYSTEMS))
-def test_beams_of_one_clip_equal_beams_of_the_batch(llama, kind):
+@pytest.mark.parametrize("system", list(fusions.SYSTEMS))
+def test_beams_of_one_clip_equal_beams_of_the_batch(llama, system):
     decoder, (ids, frames, mask, slots) = decoder_of(llama), inputs()
-    fusion, how = make(kind, decoder), dict(max_new_tokens=6, num_beams=3, num_return_sequences=3, eos_token_id=None)
+    fusion, how = make(system, decoder), dict(max_new_tokens=6, num_beams=3, num_return_sequences=3, eos_token_id=None)
     with torch.no_grad():
         with fusion.attach(decoder, frames, mask, slots):
             batch = llama.generate(ids, **how)
@@ -175,20 +175,24 @@ def test_beams_of_one_clip_equal_beams_of_the_batch(llama, kind):
             assert torch.equal(one, batch[3 * b:3 * b + 3])
 
 
-@pytest.mark.parametrize("kind", list(fusions.SYSTEMS))
-def test_each_row_hears_the_clip_it_is_given(llama, kind):
+@pytest.mark.parametrize("system", list(fusions.SYSTEMS))
+def test_each_row_hears_the_clip_it_is_given(llama, system):
     """Clips with unequally many rows, and none of it left when the block ends."""
     decoder, (ids, frames, mask, slots) = decoder_of(llama), inputs()
-    fusion, whose = make(kind, decoder), torch.tensor([0, 2, 2, 2])
+    fusion, whose = make(system, decoder), torch.tensor([0, 2, 2, 2])
     with torch.no_grad():
         with fusion.attach(decoder, frames[whose], mask[whose], slots[whose]):
             wanted = decoder(ids[whose]).last_hidden_state
         with fusion.attach(decoder, frames, mask, slots):
-            fusion.row_to_clip = whose
-            assert torch.allclose(decoder(ids[whose]).last_hidden_state, wanted, atol=1e-5)
-            with pytest.raises(FusionError, match="3 sequences for 3 clips"):
-                decoder(ids)
-    assert fusion.row_to_clip is None
+            with fusion.rows(whose):
+                assert torch.allclose(decoder(ids[whose]).last_hidden_state, wanted, atol=1e-5)
+                with pytest.raises(FusionError, match="3 sequences for 3 clips"):
+                    decoder(ids)
+            own = decoder(ids).last_hidden_state                        # again a row for each clip, in order
+            assert torch.allclose(own[[0, 2]], wanted[:2], atol=1e-5)
+            with pytest.raises(ZeroDivisionError), fusion.rows(whose):
+                1 / 0
+            assert torch.equal(decoder(ids).last_hidden_state, own)
 
 
 def test_left_padding_changes_nothing(llama):
@@ -205,18 +209,18 @@ def test_padded_frames_change_nothing(llama):
     decoder, (ids, frames, mask, slots) = decoder_of(llama), inputs()
     longer = torch.cat([frames, torch.full((3, 7, 24), 9.0)], 1)
     longer_mask = torch.cat([mask, torch.zeros(3, 7, dtype=torch.bool)], 1)
-    for kind in ("additive", "cross_attention", "concat"):
-        fusion = make(kind, decoder)
+    for system in ("additive", "cross_attention", "concat"):
+        fusion = make(system, decoder)
         with torch.no_grad():
             assert torch.allclose(fusion.tokens(frames, mask), fusion.tokens(longer, longer_mask), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", list(fusions.SYSTEMS))
-def test_bfloat16_backbone_under_autocast(kind):
+@pytest.mark.parametrize("system", list(fusions.SYSTEMS))
+def test_bfloat16_backbone_under_autocast(system):
     """How a GPU trains: frozen bfloat16 weights, float32 adapters, autocast."""
     llama = language_model("llama").bfloat16()
     decoder, (ids, frames, mask, slots) = decoder_of(llama), inputs()
-    fusion = make(kind, decoder)
+    fusion = make(system, decoder)
     assert all(p.dtype == torch.float32 for p in fusion.parameters())
     with torch.autocast("cpu", torch.bfloat16):
         with fusion.attach(decoder, frames, mask, slots):
@@ -226,17 +230,17 @@ def test_bfloat16_backbone_under_autocast(kind):
             llama.lm_head(head(inputs_embeds=states, use_cache=False).last_hidden_state).float().square().mean().backward()
             rows = llama.generate(ids, max_new_tokens=3, num_beams=2, eos_token_id=None)
         assert rows.shape == (3, 15) and sum(p.grad is not None for p in fusion.parameters()) > 5
-        if kind in ("additive", "cross_attention"):
+        if system in ("additive", "cross_attention"):
             before = llama(ids).logits
             fusion.set_gates(0.0)
             with fusion.attach(decoder, frames, mask):
                 assert torch.equal(llama(ids).logits, before)
 
 
-@pytest.mark.parametrize("kind", list(fusions.SYSTEMS))
-def test_a_clip_changes_its_own_rows_and_with_data_only_nothing(llama, kind):
+@pytest.mark.parametrize("system", list(fusions.SYSTEMS))
+def test_a_clip_changes_its_own_rows_and_with_data_only_nothing(llama, system):
     decoder, (ids, frames, mask, slots) = decoder_of(llama), inputs()
-    fusion, other = make(kind, decoder), frames.clone()
+    fusion, other = make(system, decoder), frames.clone()
     other[1] = 0.5
     with torch.no_grad():
         with fusion.attach(decoder, frames, mask, slots):
@@ -244,7 +248,7 @@ def test_a_clip_changes_its_own_rows_and_with_data_only_nothing(llama, kind):
         with fusion.attach(decoder, other, mask, slots):
             b = llama(ids).logits
     assert torch.allclose(a[[0, 2]], b[[0, 2]], atol=1e-5)
-    assert torch.equal(a[1], b[1]) if kind == "data_only" else not torch.allclose(a[1], b[1], atol=1e-3)
+    assert torch.equal(a[1], b[1]) if system == "data_only" else not torch.allclose(a[1], b[1], atol=1e-3)
 
 
 def test_pooling_matches_torch_on_full_clips():
@@ -274,10 +278,10 @@ def test_head_of_trunk_is_the_whole(model, k):
     assert len(decoder.layers) == SIZE["num_hidden_layers"] == decoder.config.num_hidden_layers
 
 
-@pytest.mark.parametrize("kind", list(fusions.SYSTEMS))
-def test_gradients_through_the_head_equal_those_through_the_whole(model, kind):
+@pytest.mark.parametrize("system", list(fusions.SYSTEMS))
+def test_gradients_through_the_head_equal_those_through_the_whole(model, system):
     decoder, (ids, frames, mask, slots) = decoder_of(model), inputs()
-    fusion = make(kind, decoder)
+    fusion = make(system, decoder)
     with fusion.attach(decoder):
         trunk, head = fusions.split(decoder, 2)
     found = []
@@ -298,12 +302,12 @@ def test_gradients_through_the_head_equal_those_through_the_whole(model, kind):
     assert all(p.grad is None for p in decoder.parameters())
 
 
-@pytest.mark.parametrize("kind", ["additive", "cross_attention", "concat"])
-def test_every_parameter_learns(llama, kind):
+@pytest.mark.parametrize("system", ["additive", "cross_attention", "concat"])
+def test_every_parameter_learns(llama, system):
     """No deadlock of a zero gate on a zero output: within two steps each tensor has had a gradient."""
     decoder, (ids, frames, mask, slots) = decoder_of(llama), inputs()
     torch.manual_seed(0)
-    fusion = fusions.build(kind, decoder, encoder_width=24, layers=[2, 4], tokens=5, hidden=32)
+    fusion = fusions.build(system, decoder, encoder_width=24, layers=[2, 4], tokens=5, hidden=32)
     optimizer, moved = torch.optim.SGD(fusion.parameters(), lr=0.1), set()
     for _ in range(3):
         with fusion.attach(decoder, frames, mask, slots):
@@ -322,17 +326,17 @@ def test_budgets_match_at_full_width():
         decoder = LlamaModel(LlamaConfig()).requires_grad_(False)  # 32 layers, width 4096: LLaVA-1.5-7B's
         assert (len(decoder.layers), decoder.config.hidden_size) == (32, 4096)
         for layers in ([12], [12, 24]):
-            count = {kind: fusions.count_parameters(fusions.build(
-                kind, decoder, encoder_width=768, layers=layers, tokens=16, hidden=768)) for kind in fusions.SYSTEMS}
-            for kind in ("cross_attention", "concat", "data_only"):
-                assert 0.9 < count[kind] / count["additive"] < 1.1, count
+            count = {system: fusions.count_parameters(fusions.build(
+                system, decoder, encoder_width=768, layers=layers, tokens=16, hidden=768)) for system in fusions.SYSTEMS}
+            for system in ("cross_attention", "concat", "data_only"):
+                assert 0.9 < count[system] / count["additive"] < 1.1, count
             assert count["unfreeze"] > 20 * count["additive"]
 
 
-@pytest.mark.parametrize("kind", list(fusions.SYSTEMS))
-def test_save_and_load(llama, kind, tmp_path):
+@pytest.mark.parametrize("system", list(fusions.SYSTEMS))
+def test_save_and_load(llama, system, tmp_path):
     decoder, (ids, frames, mask, slots) = decoder_of(llama), inputs()
-    fusion = make(kind, decoder)
+    fusion = make(system, decoder)
     fusion.save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fusion.json", "fusion.safetensors"]
     saved = load_file(tmp_path / "fusion.safetensors")
@@ -343,6 +347,45 @@ def test_save_and_load(llama, kind, tmp_path):
             a = llama(ids).logits
         with again.attach(decoder, frames, mask, slots):
             assert torch.equal(llama(ids).logits, a)
+
+
+def test_a_checkpoint_of_an_older_version_loads(llama, tmp_path):
+    """It calls its system a kind."""
+    fusion = make("cross_attention", decoder_of(llama))
+    fusion.save(tmp_path)
+    spec = json.loads((tmp_path / "fusion.json").read_text())
+    spec["kind"] = spec.pop("system")
+    (tmp_path / "fusion.json").write_text(json.dumps(spec))
+    again = fusions.load(tmp_path, decoder_of(llama))
+    assert type(again) is fusions.CrossAttention and again.spec == fusion.spec
+    assert all(torch.equal(a, b) for a, b in zip(fusion.state_dict().values(), again.state_dict().values()))
+
+
+@pytest.mark.parametrize("system", list(fusions.SYSTEMS))
+def test_two_branches_of_one_modality_are_one_model_in_any_order(llama, system):
+    """Their names decide who acts first where both act at a layer; a closed or absent one is as good as none."""
+    decoder, (ids, frames, mask, slots) = decoder_of(llama), inputs()
+    one, two, blocks = make("additive", decoder, (2, 4)), make(system, decoder, (2,), seed=5), list(decoder.layers)
+    branches = [fusions.Branch(one, list(frames), "one"), fusions.Branch(two, list(frames.flip(0)), "two")]
+
+    def states(*attached):
+        with torch.no_grad(), fusions.attach_branches(decoder, attached, range(3), slots):
+            return decoder(ids).last_hidden_state
+
+    together = states(*branches)
+    assert torch.equal(states(*reversed(branches)), together)
+    assert not torch.equal(states(branches[0]), together) and not torch.equal(states(branches[1]), together)
+    if system == "unfreeze":  # it acts first: what others do to blocks that it replaces would be lost with them
+        with pytest.raises(FusionError, match="two unfreeze"):
+            states(branches[1], fusions.Branch(make(system, decoder, (2,), seed=6), None, "three"))
+        assert all(block is own for block, own in zip(decoder.layers, blocks))
+        return
+    swapped = [fusions.Branch(one, list(frames), "two"), fusions.Branch(two, list(frames.flip(0)), "one")]
+    assert not torch.equal(states(*swapped), together)                  # the order is the names', not the list's
+    assert torch.equal(states(branches[0], fusions.Branch(two, None, "two")), states(branches[0]))
+    if two.has_gate:
+        two.set_gates(0.0)
+        assert torch.equal(states(*branches), states(branches[0]))
 
 
 def test_wrong_backbone_is_named(llama, tmp_path):
@@ -367,7 +410,7 @@ def test_bad_checkpoints_are_refused(llama, tmp_path):
     save_file(tensors, tmp_path / "fusion.safetensors")
     with pytest.raises(FusionError, match="not a fusion checkpoint.*Missing key"):
         fusions.load(tmp_path, decoder)
-    for bad in ("", "[]", '{"kind": "additive"}', json.dumps({"kind": "nonsense"})):
+    for bad in ("", "[]", '{"system": "additive"}', json.dumps({"system": "nonsense"}), '{"kind": "additive"}'):
         (tmp_path / "fusion.json").write_text(bad)
         with pytest.raises(FusionError):
             fusions.load(tmp_path, decoder)
@@ -391,12 +434,12 @@ def test_what_does_not_fit_is_refused(llama):
         llama(ids)
 
 
-@pytest.mark.parametrize("kind", GATED)
-def test_bfloat16_rounds_the_sum_once(llama, kind):
+@pytest.mark.parametrize("system", GATED)
+def test_bfloat16_rounds_the_sum_once(llama, system):
     """A gate a little wider is a change a little larger, not the next step of bfloat16."""
     torch.manual_seed(0)
     h, tokens = torch.randn(2, 5, llama.config.hidden_size).bfloat16(), torch.randn(2, 8, llama.config.hidden_size)
-    fusion, layer = make(kind, decoder_of(llama)), 2
+    fusion, layer = make(system, decoder_of(llama)), 2
     changed = []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         prepared = fusion.prepare(tokens)[layer]

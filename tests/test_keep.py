@@ -17,8 +17,9 @@ def keep(world, *more):
 
 @pytest.fixture
 def built(world, tmp_path):
-    """built(kind, file): (model, its KeptAnswers, flags) with open gates and half of the questions without images."""
-    def build(kind):
+    """built(system): (model, its Answers, their distractors, flags) with open gates, half of the questions without
+    images."""
+    def build(system):
         records = json.loads((world / "data/qa/train.json").read_text())
         for record in records[::2]:
             del record["image"]
@@ -30,24 +31,24 @@ def built(world, tmp_path):
         path.write_text(json.dumps(records))
         (tmp_path / "images").symlink_to("/")
         args = train.parse_args([*map(str, flags(
-            world, tmp_path / "run", "--fusion", kind, "--keep", "2", "--keep-qa", path))])
+            world, tmp_path / "run", "--fusion", system, "--keep", "2", "--keep-qa", path))])
         split = data.read_split("audiocaps", args.data, "train")
-        inputs = evaluate.load_inputs(vars(args), split, "cpu")
-        model, _ = train.build_model(inputs, split.clips, None, args)
+        inputs = data.load_inputs([vars(args)], split, "cpu")
+        model = train.build_model(inputs, args)
         if model.fusion.has_gate:
             model.fusion.set_gates(0.3)
-        (kept,) = train.answers_to_keep(model, inputs, None, args)
-        return model, kept, args
+        distractors = (inputs.frames[0], *evaluate.silence_and_noise(inputs.encoders[0], [args.seed, 1]))
+        return model, train.answers_to_keep(model, args), distractors, args
     return build
 
 
-@pytest.mark.parametrize("kind", fusions.SYSTEMS)
-def test_the_divergence_is_that_of_the_whole_model(built, kind):
+@pytest.mark.parametrize("system", fusions.SYSTEMS)
+def test_the_divergence_is_that_of_the_whole_model(built, system):
     """Against LLaVA run question by question, from the pixels on, with the same clip attached."""
-    model, kept, args = built(kind)
+    model, kept, distractors, args = built(system)
     backbone, questions = model.backbone, data.read_kept(args.keep_qa)
-    assert len(kept.examples) == len(questions) == 40 and sum(q.image is None for q in questions) == 20
-    (batch,) = kept.batches(0, args)
+    assert len(kept.answers) == len(questions) == 40 and sum(q.image is None for q in questions) == 20
+    (batch,) = train.keep_batches(kept, distractors, 0, args)
     loss, terms = train.keep_loss(model, batch, args)
     answers = evaluate.own_answers(backbone, questions, args.cache)
     picks = torch.from_numpy(train.np.random.default_rng([0, 0, 0]).integers(40, size=4)).tolist()
@@ -61,39 +62,42 @@ def test_the_divergence_is_that_of_the_whole_model(built, kind):
         if images:
             pixels = {"pixel_values": inputs["pixel_values"]}
         with_slots = prompt
-        if kind == "concat":
-            first = prompt.index(backbone.llava.config.image_token_id) if images else \
-                backbone.prompt(question.question, 1)[1][0]
-            with_slots = prompt[:first] + [backbone.placeholder] * args.tokens + prompt[first:]
+        if system == "concat":  # before the image, or in the place where one would be
+            pictured, image = prompt, backbone.llava.config.image_token_id
+            if not images:
+                pictured = backbone.tokenizer(backbone.chat(question.question, image=True)).input_ids
+            first = pictured.index(image)
+            rest = pictured[first + (not images):]
+            with_slots = pictured[:first] + [backbone.placeholder] * args.tokens + rest
             slots = torch.arange(first, first + args.tokens)[None]
         n, rows = len(answer), []
         with torch.no_grad():
             rows.append(backbone.llava(input_ids=torch.tensor([prompt + answer]), **pixels).logits)
-            frames = batch.branches[0].frames[row][None]
-            with model.fusion.attach(backbone.decoder, frames, slots=slots):
+            frames, mask, _ = batch.clip
+            with model.fusion.attach(backbone.decoder, frames[row][None], mask[row][None], slots):
                 rows.append(backbone.llava(input_ids=torch.tensor([with_slots + answer]), **pixels).logits)
         before, now = (r[0, -n - 1:-1].log_softmax(-1) for r in rows)
         expected += (before.exp() * (before - now)).sum().item()
         count += n
-    assert batch.tokens == count and terms["keep"].item() == pytest.approx(expected / count, rel=2e-3, abs=1e-5)
+    assert batch.answer_tokens == count and terms["keep"].item() == pytest.approx(expected / count, rel=2e-3, abs=1e-5)
     assert loss.item() == pytest.approx(2 * terms["keep"].item()) and expected > 1e-3
     loss.backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.fusion.parameters())
     if model.fusion.has_gate:
         model.fusion.set_gates(0.0)
-        (batch,) = kept.batches(0, args)
+        (batch,) = train.keep_batches(kept, distractors, 0, args)
         assert train.keep_loss(model, batch, args)[1]["keep"].abs() < 1e-6  # it is the backbone
 
 
 def test_long_questions_go_in_parts(built, monkeypatch):
     """At 7B a pass has fewer questions than captions: the parts' losses and gradients are the whole's."""
-    model, kept, args = built("concat")
+    model, kept, distractors, args = built("concat")
     weight = model.fusion.size["3"]
-    (whole,) = kept.batches(0, args)
+    (whole,) = train.keep_batches(kept, distractors, 0, args)
     total, _ = train.keep_loss(model, whole, args)
     (expected,) = torch.autograd.grad(total, weight)
-    monkeypatch.setattr(train, "KEPT_POSITIONS", max(len(states) for states, *_ in kept.examples) // 2)
-    parts = list(kept.batches(0, args))
+    monkeypatch.setattr(train, "KEPT_POSITIONS", max(map(kept.positions, range(40))) // 2)
+    parts = list(train.keep_batches(kept, distractors, 0, args))
     losses = [train.keep_loss(model, part, args)[0] for part in parts]
     assert sum(len(part.states) for part in parts) == 4 and 2 <= len(parts) <= 4
     assert sum(losses).item() == pytest.approx(total.item(), rel=1e-5)
@@ -102,42 +106,65 @@ def test_long_questions_go_in_parts(built, monkeypatch):
 
 def test_what_is_attached_and_how_often(built):
     """Clips, silence and noise, anew in each step, the same when a step is done again; every k-th step alone."""
-    _, kept, args = built("additive")
-    pool = kept.distractors["audio"]
-    drawn = pool.draw(train.np.random.default_rng(0), 400)
-    silence = sum(torch.equal(f, pool.silence[0]) for f in drawn)
-    noise = sum(any(torch.equal(f, n) for n in pool.noises) for f in drawn)
-    assert 40 < silence < 80 and 40 < noise < 80
+    _, kept, distractors, args = built("additive")
+    clips, silences, noises = distractors
+    drawn = train.distract(*distractors, train.np.random.default_rng(0), 400)
+    silence = sum(torch.equal(f, silences[0]) for f in drawn)
+    noise = sum(any(torch.equal(f, n) for n in noises) for f in drawn)
+    assert len(drawn) == 400 and 40 < silence < 80 and 40 < noise < 80
+    own = sum(any(torch.equal(f, clips[i]) for i in range(len(clips))) for f in drawn[:40])
+    assert 20 < own < 38
     probes = evaluate.silence_and_noise(data.load_encoder(args.encoder, "audio", "cpu"), args.seed)[1]
-    assert not any(torch.equal(a, b) for a in pool.noises for b in probes)  # retention's noise is another
-    (a,), (again,), (b,) = (kept.batches(step, args) for step in (3, 3, 4))
-    assert torch.equal(a.states, again.states) and not torch.equal(a.states, b.states)
+    assert not any(torch.equal(a, b) for a in noises for b in probes)  # retention's noise is another
+    (a,), (again,), (b,) = (train.keep_batches(kept, distractors, step, args) for step in (3, 3, 4))
+    assert torch.equal(a.states, again.states) and torch.equal(a.clip[0], again.clip[0])
+    assert a.states.shape != b.states.shape or not torch.equal(a.states, b.states)
     args.keep_every = 4
-    assert [len(list(kept.batches(step, args))) for step in range(6)] == [1, 0, 0, 0, 1, 0]
+    counts = [len(list(train.keep_batches(kept, distractors, step, args))) for step in range(6)]
+    assert counts == [1, 0, 0, 0, 1, 0]
 
 
-def test_video_beside_audio_keeps_its_captions_too(world, tmp_path):
-    """The kept captions are the older run's own, of its own clips; without the new branch nothing diverges."""
-    older, out = tmp_path / "older", tmp_path / "video"
-    run(world, older, "--steps", "4")
-    more = ["--dataset", "av", "--data", world / "data/av", "--modality", "video", "--encoder",
-            world / "models/timesformer", "--contrastive", "0", "--beside", older, "--gate-init", "0", *keep(world)]
-    run(world, out, *more)
-    (line,) = log_of(out, "step")  # before the first step: the older branch alone, beside questions and captions
-    assert line["keep"] > 1e-4 and abs(line["keep_captions"]) < 1e-6
-    args = train.parse_args([*map(str, flags(world, out, *more))])
-    beside = evaluate.open_beside(vars(args), "cpu")
-    split = data.read_split("av", args.data, "train")
-    inputs = evaluate.load_inputs(vars(args), split, "cpu", beside)
-    model, _ = train.build_model(inputs, split.clips, beside, args)
-    _, kept = train.answers_to_keep(model, inputs, beside, args)
-    model.fusion.set_gates(0.3)
-    (batch,) = kept.batches(0, args)
-    assert train.keep_loss(model, batch, args)[1]["keep_captions"] > 1e-3
-    own = evaluate.load_inputs(beside.config, "train", "cpu")
-    greedy = evaluate.decode(beside.backbone, own.branches([beside.fusion]), own.prompts)
-    cached = [json.loads(path.read_text()) for path in (world / "cache").glob("captions_*.json")]
-    assert [clip[0]["text"] for clip in greedy] in cached
+def test_the_questions_of_a_step_are_shared_by_processes(built, monkeypatch):
+    """Together they take what one process would, with the same clips beside them; the losses add up."""
+    model, kept, distractors, args = built("additive")
+    (whole,) = train.keep_batches(kept, distractors, 2, args)
+    total, _ = train.keep_loss(model, whole, args)
+    monkeypatch.setattr(train, "WORLD", 2)
+    losses, rows = [], []
+    for rank in range(2):
+        monkeypatch.setattr(train, "RANK", rank)
+        (batch,) = train.keep_batches(kept, distractors, 2, args)
+        assert batch.answer_tokens == whole.answer_tokens and len(batch.states) == 2
+        losses.append(train.keep_loss(model, batch, args)[0])
+        rows += batch.clip[0].sum((1, 2)).tolist()
+    assert sum(losses).item() == pytest.approx(total.item(), rel=1e-5)
+    assert sorted(rows) == pytest.approx(sorted(whole.clip[0].sum((1, 2)).tolist()))
+
+
+def test_the_questions_of_other_senses_are_kept_and_the_runs_own_is_not(world, tmp_path):
+    """Prompts without an image: another sense's is answered as before, one's own is one line before anything is paid."""
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "run"
+
+    def asked(*questions):
+        records = [{"id": str(i), "question": question} for i, question in enumerate(questions)]
+        prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return ["--keep", "1", "--keep-qa", prompts, "--steps", "2", "--eval-every", "2"]
+
+    for own, more in ((data.SOUND_PROMPT, []), (data.VIDEO_PROMPT, [
+            "--dataset", "av", "--data", world / "data/av", "--modality", "video", "--encoder",
+            world / "models/timesformer", "--contrastive", "0"])):
+        done = run(world, out, *more, *asked(data.SOUND_PROMPT, data.VIDEO_PROMPT), check=False)
+        assert done.returncode == 2 and own in done.stderr and "prompts.jsonl: 1 of its questions" in done.stderr
+        assert done.stderr.count("\n") == 1 and not out.exists()
+    run(world, out, *asked(*[data.VIDEO_PROMPT] * 3, "What is two and two?"))
+    (line,) = log_of(out, "step")
+    assert line["keep"] > 0 and json.loads((out / "training.json").read_text())["stages"]["xe"]["steps"] == 2
+    opened = evaluate.open_run(out)
+    args = train.parse_args([*map(str, flags(world, out, *asked(*[data.VIDEO_PROMPT] * 3, "What is two and two?")))])
+    inputs = data.load_inputs([vars(args)], "train", "cpu")
+    kept = train.answers_to_keep(train.build_model(inputs, args), args)
+    answers = evaluate.own_answers(opened.backbone, data.read_kept(prompts), args.cache)
+    assert len(set(answers)) == 2 and [opened.backbone.text(a) for a in kept.answers] == answers
 
 
 def test_questions_of_the_probe_are_refused(world, tmp_path):
@@ -154,7 +181,7 @@ def test_questions_of_the_probe_are_refused(world, tmp_path):
     run(world, out, *keep(world), "--steps", "2", "--eval-every", "2")
     with pytest.raises(data.InputError, match="are in the probe"):
         evaluate.main(["retention", str(out), "--qa", str(train_qa)])
-    evaluate.main(["retention", str(out), "--qa", str(test_qa), "--limit", "8"])
+    evaluate.main(["retention", str(out), "--qa", str(test_qa), "--limit-questions", "8"])
     conditions = json.loads((out / "retention.json").read_text())["conditions"]
     for c in conditions.values():
         assert c["loss"] == pytest.approx(conditions["backbone"]["accuracy"] - c["accuracy"])

@@ -14,14 +14,14 @@ from conftest import ROOT, python
 sys.path.insert(0, str(ROOT))
 import plots  # noqa: E402
 
-FLAGS = {"llava": "x", "layers": [3, 6], "tokens": 16, "hidden": 512, "contrastive": 0.1, "gate_l2": 1e-4, "limit": 0,
+FLAGS = {"llava": "x", "layers": [3, 6], "tokens": 16, "hidden": 512, "contrastive": 0.1, "gate_l2": 1e-4, "limit_clips": 0,
          "gate_init": 0.05, "dataset": "audiocaps", "init": None, "modality": "audio", "steps": 320, "git": "abc123"}
 LEVEL = {"additive": 0.78, "cross_attention": 0.58, "concat": 0.46, "unfreeze": 0.94, "data_only": 0.21}
 
 
 def write(path, obj):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(obj))
+    path.write_text(json.dumps(obj), encoding="utf-8")
 
 
 def scores(level, **more):
@@ -30,13 +30,13 @@ def scores(level, **more):
 
 
 def results(home, level, seed, gates, parameters=250_000, rerank=False, **more):
-    """What evaluate.py caption leaves: result.json, run_card.json, predictions.json, reranked or not."""
-    result = scores(level + (0.03 if rerank else 0), n=320, split="test", train_seconds=90.0 + seed, gates=gates,
+    """What evaluate.py caption leaves: result.json, run_card.json, predictions.json, and rerank/."""
+    result = scores(level, n=320, split="test", train_seconds=90.0 + seed, gates=gates,
                     trainable_parameters=parameters, validation={"val_spider_lite": level + 0.01}, **more)
     if rerank:
         oracle, other = ({k: v for k, v in scores(x).items() if k in ("cider_d", "spice_lite", "spider_lite")}
                          for x in (level + 0.1, level + 0.01))
-        result.update(first_beam=scores(level), oracle=oracle, other_clip=other, reranker={
+        reranked = scores(level + 0.03, n=320, oracle=oracle, other_clip=other, reranker={
             "weights": {"logprob": 0.5, "clap": 0.25, "consensus": 1.0}, "encoder": "x"}, diversity={
             "self_bleu": 0.4 + seed / 10, "distinct_1": 0.2, "distinct_2": 0.5 - seed / 20, "candidates": 9.5})
     rng = random.Random(seed)
@@ -45,8 +45,9 @@ def results(home, level, seed, gates, parameters=250_000, rerank=False, **more):
              for i in range(40)]
     write(home / "predictions.json", items)
     if rerank:
-        write(home / "first_beam/predictions.json", [
-            {**i, "scores": {"spider_lite": i["scores"]["spider_lite"] - rng.random() / 10}} for i in items])
+        write(home / "rerank/result.json", reranked)
+        write(home / "rerank/predictions.json", [
+            {**i, "scores": {"spider_lite": i["scores"]["spider_lite"] + rng.random() / 10}} for i in items])
     write(home / "run_card.json", {"trainable_parameters": 250_000, "flops_a_clip": 2.5e9, "clips_a_second": 55.0,
                                    "train_hours": 0.025, "seconds_to_90_percent": 42.0, "hardware": "2 CPU cores",
                                    "stages": {"xe": {"seconds": 60.0}, "scst": {"seconds": 90.0}}})
@@ -129,8 +130,13 @@ def study(folder):
         retention(fake_run(folder, f"retention/keep_{value}_s0", "additive", 0, 0.76, steps=160, keep=value, **keep),
                   0.94 + value / 200)
     for seed in (0, 1):
-        retention(fake_run(folder, f"retention/additive_keep_s{seed}", "additive", seed, keep=1, **keep), 0.961,
-                  silence=0.96, noise=0.965)
+        home = fake_run(folder, f"retention/additive_keep_s{seed}", "additive", seed, keep=1, **keep)
+        retention(home, 0.961, silence=0.96, noise=0.965)
+        # what decide reads: video attached beside audio, its clips unrelated
+        retention(home / "with_video_s0", 0.955)
+        results(home / "with_video_s0/unrelated", 0.77, seed, {})
+        results(folder / f"video/video_s{seed}/with_additive_keep_s{seed}", 0.9, seed, {})
+        results(folder / f"video/video_s{seed}/with_additive_keep_s{seed}/audio", 0.8, seed, {}, hear="audio")
     retention(fake_run(folder, "retention/concat_keep_s0", "concat", 0, keep=1, keep_every=1), 0.95)
     for value in (0, 0.2, 1):
         fake_run(folder, f"appendix/gate_{value}_s0", "additive", 0, 0.7 + value / 100, gate_init=value)
@@ -178,11 +184,13 @@ def test_first_line_is_the_scale_and_nothing_is_missing(whole):
 
 def test_every_row_names_its_runs(whole):
     folder, report = whole
-    for line in report.split("## T1")[1].split("## Where")[0].splitlines():
+    for line in report.split("\n## T1")[1].split("## Where")[0].splitlines():
         if line.startswith("| ") and not line.startswith(("| ---", "| system", "| run", "| A - B", "| keep")):
             place = line.rstrip(" |").rsplit("|", 1)[1].strip().strip("`")
-            before, seeds, after = re.fullmatch(r"([^{]*)(?:{(.*)})?(.*)", place).groups()
-            places = [folder / f"{before}{seed}{after}" for seed in (seeds or "").split(",")]
+            places = []
+            for part in place.split("`; `"):
+                before, seeds, after = re.fullmatch(r"([^{]*)(?:{(.*)})?(.*)", part).groups()
+                places += [folder / f"{before}{seed}{after}" for seed in (seeds or "").split(",")]
             assert all(p.exists() for p in places) and len(places) in (1, 2), line
 
 
@@ -215,15 +223,16 @@ def test_a_run_that_two_tables_need_is_in_both(whole):
 
 
 def test_retention_has_an_interval_for_one_seed_and_a_deviation_for_two(whole):
-    found = row(whole[1], "T5", "additive, gate L2 0.01, 160 steps", "1")
-    assert found[5] == "93.0 [90.0, 95.0]" and found[-2] == "yes"
-    assert row(whole[1], "T5", "additive", "2")[5:8] == ["91.3 ± 0.0", "93.0 ± 0.0", "95.0 ± 0.0"]
-    keeping = row(whole[1], "T5", "additive, null slot, keep 1, gate L2 0.0001, 320 steps", "2")
-    assert keeping[5] == "96.1 ± 0.0" and "0.4 ± 0.0" in keeping and "0.5 ± 0.0" in keeping
+    found = row(whole[1], "T5", "additive, gate L2 0.01, steps 160", "1", "200")
+    assert found[6] == "93.0 [90.0, 95.0]" and found[-2] == "yes"
+    assert row(whole[1], "T5", "additive", "2")[6:9] == ["91.3 ± 0.0", "93.0 ± 0.0", "95.0 ± 0.0"]
+    keeping = row(whole[1], "T5", "additive + keep", "2")
+    assert keeping[6] == "96.1 ± 0.0" and "0.4 ± 0.0" in keeping and "0.5 ± 0.0" in keeping
+    assert row(whole[1], "T5", "additive + keep, keep 0.3, steps 160", "1")[6] == "94.1 [91.1, 96.1]"
     for step, value in (("320", "1"), ("160", "0.3")):
         assert row(whole[1], "Gate regularisation: keep", "additive + keep", "yes", value, step)
-    assert row(whole[1], "T5", "backbone")[2] == "96.5 [93.5, 98.5]"
-    assert row(whole[1], "T5", "additive + SCST", "2")[5] == "90.0 ± 0.0"
+    assert row(whole[1], "T5", "backbone")[3] == "96.5 [93.5, 98.5]"
+    assert row(whole[1], "T5", "additive + SCST", "2")[6] == "90.0 ± 0.0"
 
 
 def test_headline_is_against_the_best_baseline_on_validation(whole):
@@ -235,21 +244,29 @@ def test_headline_is_against_the_best_baseline_on_validation(whole):
     assert "| -0.160 | [-0.210, -0.110] |" in lines[2] and lines[2].endswith("`statistics/additive_vs_unfreeze.json` |")
 
 
+class Fake(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
 def test_best_baseline_looks_at_no_test_score():
     def run(fusion, validation, test):
-        return SimpleNamespace(phase="core", stage="xe", system=fusion, result={
+        return Fake(phase="core", stage="xe", own=True, system=fusion, label=fusion, seed=0, name=fusion, config={
+            "fusion": fusion, "keep": 0.0}, result={
             "spider": None, "spider_lite": test, "validation": {"val_spider_lite": validation}})
     runs = [run("concat", 0.5, 0.9), run("cross_attention", 0.6, 0.1), run("additive", 0.9, 0.9),
             run("data_only", 0.9, 0.9), run("concat", 0.6, 0.9)]
-    assert plots.best_baseline(runs) == ("cross_attention", {"concat": 0.55, "cross_attention": 0.6})
-    assert plots.best_baseline([]) == (None, {})
+    assert plots.best_baseline(runs, "spider_lite") == ("cross_attention", {"concat": 0.55, "cross_attention": 0.6})
+    assert plots.best_baseline([], "spider_lite") == (None, {})
 
 
 def test_video_noise_and_cost(whole):
     assert row(whole[1], "Video", "video", "video", "shuffled")[6] == "0.100 ± 0.000"
+    assert row(whole[1], "Video", "video with additive_keep", "video", "all")[7] == "0.900 ± 0.000"
+    assert row(whole[1], "Video", "video with additive_keep", "video", "audio")[7] == "0.800 ± 0.000"
+    assert row(whole[1], "T5", "additive + keep, with video", "2")[6] == "95.5 ± 0.0"
     assert row(whole[1], "Cost of the second", "1", "0.0001")[4:] == [
         "0.60", "[-0.30, 1.50]", "91.00", "90.90", "0.10", "[-0.40, 0.70]", "yes", "0.5", "no",
-                                                             "`video/video_s0`"]
+        "320", "200", "`video/video_s0`"]
     noise = row(whole[1], "Appendix: noise", "concatenation", "clip")
     assert noise[4:6] == ["0.460 ± 0.000", "0.393 ± 0.000"] and noise[-1] == "`core/concat_s{0,1}`"
     costs = row(whole[1], "T1", "additive")[10:15]  # XE does not include the SCST that follows
@@ -280,7 +297,7 @@ def test_half_a_study_says_what_is_missing(tmp_path):
         assert what in missing
     assert "concatenation in core" not in missing and "T1" not in missing
     assert row(report, "T1", "additive")[5] == "0.790 ± 0.014" and "| concatenation" not in report
-    assert row(report, "Targets", "AudioCaps SPIDEr, XE + SCST")[3:] == ["missing", "-"]
+    assert row(report, "Targets", "AudioCaps SPIDEr, XE + SCST")[3:] == ["missing", "-", "-"]
     assert {f.stem for f in (tmp_path / "exp/figures").glob("*.png")} == {"curves", "gates", "pareto"}
 
 
@@ -293,7 +310,7 @@ def test_only_started_runs(tmp_path):
 
 def test_spider_only_where_spice_ran_everywhere(tmp_path):
     for seed in (0, 1):
-        home = fake_run(tmp_path, f"core/additive_s{seed}", "additive", seed)
+        home = fake_run(tmp_path, f"core/additive_s{seed}", "additive", seed, metric="spider")
         found = json.loads((home / "result.json").read_text())
         write(home / "result.json", {**found, "spice": 0.2, "spider": 0.5, "validation": {"val_spider": 0.5}})
     assert plots.selection(plots.read_runs(tmp_path)) == "spider"
@@ -317,7 +334,7 @@ def test_only_the_test_split_is_in_tables(tmp_path):
     report = plots.report(tmp_path)
     assert row(report, "T1", "additive")[1:6] == ["1", "320", "1.248", "0.390", "0.780"]
     assert row(report, "T1", "additive")[-1] == "`core/additive_s0`" and "9.0" not in report
-    assert row(report, "Targets", "AudioCaps SPIDEr, XE")[3:] == ["0.780", "`core/additive_s0`"]
+    assert row(report, "Targets", "AudioCaps SPIDEr, XE")[3:] == ["0.780", "320", "`core/additive_s0`"]
     assert "**Not of the test split** (2 of 4 runs): core/additive_s1, core/additive_s2\n" in report
     assert "Not finished" not in report
     fake_run(tmp_path, "core/unfreeze_s0", "unfreeze", 0, done=False)
@@ -334,3 +351,219 @@ def test_a_notebooks_backend_and_a_closed_pipe_are_no_errors(tmp_path):
     assert done.returncode == 0 and not done.stderr and (tmp_path / "REPORT.md").exists()
     for kind, start in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
         assert (tmp_path / f"figures/curves.{kind}").read_bytes().startswith(start)
+
+
+# ---- seeds of one system differ in the seed and in where they lie, and in nothing else
+
+def labels(report, title):
+    section = report.split(f"\n## {title}")[1].split("\n## ")[0]
+    return [line.split(" | ")[0].removeprefix("| ") for line in section.splitlines() if line.startswith("| ")][2:]
+
+
+def legend(monkeypatch, study, name):
+    """The labels in a figure's legend."""
+    found = []
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda ax, handles, names, **look: found.extend(names))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
+    monkeypatch.setattr(os, "replace", lambda *_: None)
+    assert plots.draw_figure(getattr(plots, f"figure_{name}"), study)
+    return found
+
+
+def test_what_differs_tells_systems_apart_everywhere(tmp_path, monkeypatch):
+    """Another encoder, other tokens and a flag that nobody knows, beside two seeds of the plain system."""
+    place = {"encoder": "m/clap", "scst_steps": 500}
+    for name, seed, more in (("additive_s0", 0, {}), ("additive_s1", 1, {}), ("additive_ast_s0", 0, {"encoder": "m/hub/ast"}),
+                             ("additive_tokens8_s0", 0, {"tokens": 8}), ("additive_new_s0", 0, {"wings": 3})):
+        home = fake_run(tmp_path, f"core/{name}", "additive", seed, 0.5 + len(name) / 100, **{**place, **more})
+        json_of = json.loads((home / "config.json").read_text())
+        write(home / "config.json", {**json_of, "out": str(home), "cache": f"c{seed}", "device": f"cuda:{seed}", "git": name,
+                                     "folder": name, "name": name, "versions": {"torch": name}})
+        retention(home, 0.9)
+        noise = {kind: {"0": scores(0.4)} for kind in ("white",)}
+        write(home / "robustness.json", {"n": 320, "clean": scores(0.5), "noise": noise})
+    names = ["additive", "additive, encoder ast", "additive, tokens 8", "additive, wings 3"]
+    report = plots.report(tmp_path)
+    for title in ("T1", "T5", "Appendix: noise"):
+        assert [label for label in labels(report, title) if label != "backbone"] == names, title
+    assert row(report, "T1", "additive")[1] == "2" and row(report, "T1", "additive")[5] == "0.610 ± 0.000"
+    assert row(report, "T3 Tokens", "additive", "8")[-1] == "`core/additive_tokens8_s0`"
+    assert row(report, "T3 Tokens", "additive", "16")[-1] == "`core/additive_s{0,1}`"  # and not the other encoder
+    study = plots.Study(tmp_path)
+    for figure in ("curves", "pareto", "frontier"):
+        assert [label for label in legend(monkeypatch, study, figure) if label != "backbone alone"] == names, figure
+    assert {label.split(", layer")[0] for label in legend(monkeypatch, study, "gates")} == set(names)
+    styles = {str(look) for _, look in plots.looks(study.core).values()}
+    assert len(styles) == 4  # each can be told from the others
+
+
+def two(tmp_path, first, second):
+    """The labels of two runs, seeds 0 and 1, that differ in these flags."""
+    for seed, flags in enumerate((first, second)):
+        fake_run(tmp_path, f"core/additive_s{seed}", "additive", seed, **flags)
+    return core_labels(tmp_path)
+
+
+def core_labels(folder):
+    return [cells[0] for cells in plots.grouped(plots.Study(folder).finished("core"))]
+
+
+@pytest.mark.parametrize("first, second", [
+    ({"init": "exp/core/additive_s0"}, {"init": "exp/core/additive_s1"}),  # each its own seed
+    ({"init": "exp/core/additive_s0"}, {"init": "exp/core/additive_s0"}),  # one for all
+    ({}, {"null_slot": False, "keep": 0.0, "keep_every": 1, "keep_qa": None, "dtype": "auto", "metric": "spider_lite"}),
+    ({"scst_lr": 0.1, "scst_steps": 3}, {"scst_steps": 500})])  # what follows XE
+def test_these_are_seeds_of_one_system(tmp_path, first, second):
+    assert two(tmp_path, first, second) == ["additive"]
+
+
+@pytest.mark.parametrize("first, second, label", [
+    ({"init": "a/core/x_s0"}, {"init": "a/core/y_s1"}, "additive, init y"),
+    ({"data": "a/audiocaps"}, {"data": "b/audiocaps"}, "additive, data b/audiocaps"),
+    ({}, {"init": "a/core/x_s10"}, "additive, init x_s10"),
+    ({"new": {"a": 1}}, {"new": {"a": 2}}, 'additive, new {"a": 2}'),
+    ({"fast": True}, {}, "additive, no fast"), ({}, {"fast": True}, "additive, fast"),
+    ({}, {"keep_every": 2}, "additive, keep every 2")])
+def test_these_are_two_systems(tmp_path, first, second, label):
+    assert two(tmp_path, first, second) == ["additive", label]
+
+
+def test_three_folders_with_one_last_name_stay_apart(tmp_path):
+    for seed, folder in enumerate(("a", "a", "b", "c")):
+        fake_run(tmp_path, f"core/additive_s{seed}", "additive", seed, data=f"{folder}/audiocaps")
+    assert core_labels(tmp_path) == ["additive", "additive, data b/audiocaps", "additive, data c/audiocaps"]
+
+
+def test_targets_are_of_one_system(tmp_path):
+    """Two runs of one name, of which one has fewer tokens, are not averaged there either."""
+    for seed, tokens in ((0, 16), (1, 16), (2, 8)):
+        fake_run(tmp_path, f"core/additive_s{seed}", "additive", seed, 0.5 + seed / 100, tokens=tokens)
+    table = plots.table_targets(plots.Study(tmp_path))
+    assert row(f"\n## Targets\n{table}", "Targets", "AudioCaps SPIDEr, XE")[3:] == [
+        "0.505 ± 0.007", "320", "`core/additive_s{0,1}`"]
+
+
+def test_the_stage_after_scst_has_its_flags(tmp_path):
+    for seed in (0, 1):
+        fake_run(tmp_path, f"core/additive_s{seed}", "additive", seed, scst_steps=50 + seed)
+        results(tmp_path / f"core/additive_s{seed}/scst", 0.8, seed, {})
+    assert core_labels(tmp_path) == ["additive", "additive + SCST", "additive + SCST, scst steps 51"]
+
+
+# ---- a metric, other data, other clips
+
+def test_a_metric_of_ones_own_is_in_tables_and_figures(tmp_path, monkeypatch):
+    """Only the captions' scores have it: nothing in plots.py names it. FENSE and SPIDEr-FL stand beside CIDEr-D."""
+    for k, system in enumerate(("additive", "concat")):
+        home = fake_run(tmp_path, f"core/{system}_s0", system, 0)
+        items = json.loads((home / "predictions.json").read_text())
+        for n, item in enumerate(items):
+            item["scores"].update(brightness=(n % 2) / 2 + k / 10, spoken=True, note="x", spice=None)
+        write(home / "predictions.json", items)
+        result = json.loads((home / "result.json").read_text())
+        write(home / "result.json", {**result, "fense": 0.5 + k / 10, "spider_fl": 0.3, "vocabulary": 40})
+    comparison(tmp_path / "statistics/additive_scst_vs_xe_s0.json", 1, 1, 0.1, 0.05)
+    file = tmp_path / "statistics/additive_scst_vs_xe_s0.json"
+    found = json.loads(file.read_text())
+    for metric in ("cider_d", "fense", "brightness"):
+        found["metrics"][metric] = found["metrics"]["meteor"]
+    write(file, found)
+    report = plots.report(tmp_path)
+    head = [cell.strip() for cell in report.split("\n## T1")[1].splitlines()[2].strip("|").split("|")]
+    assert head[2:13] == ["n", "CIDEr-D", "SPIDEr-FL", "FENSE", "spice_lite", "spider_lite", "METEOR", "ROUGE-L", "BLEU-4",
+                          "vocabulary", "brightness"]
+    assert row(report, "T1", "concatenation")[12] == "0.350" and row(report, "T1", "concatenation")[5] == "0.600"
+    assert row(report, "Comparisons", "additive scst vs xe s0", "brightness")
+    axes = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: axes.extend(figure.axes))
+    monkeypatch.setattr(os, "replace", lambda *_: None)
+    plots.draw_figure(plots.figure_intervals, plots.Study(tmp_path))
+    assert [ax.get_xlabel().removeprefix("difference in ") for ax in axes[:5]] == [
+        "spider_lite", "METEOR", "CIDEr-D", "FENSE", "brightness"]
+
+
+def test_other_data_is_in_no_table_of_the_runs_own(tmp_path):
+    for seed in (0, 1):
+        home = fake_run(tmp_path, f"core/additive_s{seed}", "additive", seed)
+        results(home / "on_clotho", 0.3, seed, {}, dataset="clotho")
+        results(home / "scst/on_clotho", 0.4, seed, {}, dataset="clotho")
+        results(home / "scst", 0.9, seed, {})
+    report = plots.report(tmp_path)
+    assert labels(report, "T1") == ["additive", "additive + SCST"] and labels(report, "Other data") == labels(report, "T1")
+    found = row(report, "Other data", "additive + SCST", "core", "clotho")
+    assert found[7] == "0.400 ± 0.000" and found[-1] == "`core/additive_s{0,1}/scst/on_clotho`"
+    assert "T2 Clotho" in report.split("**Missing**")[1].split("\n")[0]
+
+
+def test_other_clips_are_told(tmp_path):
+    for name, n, sha in (("additive_s0", 320, "a" * 64), ("concat_s0", 300, "a" * 64), ("unfreeze_s0", 320, "b" * 64)):
+        home = fake_run(tmp_path, f"core/{name}", name[:-3], 0)
+        result, card = (json.loads((home / f"{file}.json").read_text()) for file in ("result", "run_card"))
+        write(home / "result.json", {**result, "n": n})
+        write(home / "run_card.json", {**card, "dataset": {"name": "audiocaps", "hash": sha}})
+    comparison(tmp_path / "statistics/additive_vs_concat.json", 1, 1, 0.1, 0.05)
+    file = tmp_path / "statistics/additive_vs_concat.json"
+    write(file, {**json.loads(file.read_text()), "n": 300, "dropped": {"a": 20, "b": 0}})
+    report = plots.report(tmp_path)
+    section = report.split("\n## T1")[1].split("\n## ")[0]
+    assert "**Other clips:**" in section and "n = 300 (aaaaaaaaaaaa) in `core/concat_s0`" in section
+    assert "n = 320 (bbbbbbbbbbbb) in `core/unfreeze_s0`" in section
+    assert "n = 300 clips that both have and leaves out 20 of A, 0 of B" in report.split("\n## Comparisons")[1]
+
+
+def test_kept_systems_are_joined_with_the_plain_ones(whole):
+    study = plots.Study(whole[0])
+    pairs = sorted((str(run.path), str(plain.path)) for run, plain in study.kept.items())
+    assert pairs == [("retention/additive_keep_s0", "core/additive_s0"), ("retention/additive_keep_s1", "core/additive_s1"),
+                     ("retention/concat_keep_s0", "core/concat_s0")]
+
+
+def test_labels_lie_on_no_point():
+    from matplotlib.figure import Figure
+    ax = Figure((5, 4)).subplots()
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    rng = random.Random(0)
+    points = [(0.5 + rng.random() / 5, 0.5 + rng.random() / 5) for _ in range(12)]
+    plots.place_labels(ax, [(f"{k}", point, "black") for k, point in enumerate(points)], points, width=4, height=3)
+    places = [(4 * text.xyann[0], 3 * text.xyann[1]) for text in ax.texts]  # inches
+    assert len(places) == 12
+    for k, (x, y) in enumerate(places):
+        assert all(abs(x - 4 * px) > 0.09 or abs(y - 3 * py) > 0.09 for px, py in points)
+        assert all(abs(x - ox) > 0.1 or abs(y - oy) > 0.1 for ox, oy in places[:k])
+
+
+# ---- what is nobody's bug is one line
+
+DAMAGE = {
+    "result.json": '{"n": 3, "split"', "config.json": "", "retention.json": "[]", "predictions.json": "{}",
+    "run_card.json": "\x00" * 40, "log.jsonl": '{"event": "step"}\nnot json\n', "robustness.json": "nul",
+    "rerank/result.json": "{", "../../statistics/a.json": "[1", "../../phase3/decision.json": '{"tries": [{]}'}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_one_line_that_names_it(tmp_path, name):
+    home = fake_run(tmp_path, "core/additive_s0", "additive", 0)
+    (home / name).parent.mkdir(parents=True, exist_ok=True)
+    (home / name).write_text(DAMAGE[name], encoding="utf-8")
+    with pytest.raises(plots.InputError) as error:
+        plots.report(tmp_path)
+    assert name.split("/")[-1] in str(error.value) and "\n" not in str(error.value)
+    if name == "result.json":
+        done = python(ROOT / "plots.py", tmp_path, check=False)
+        assert done.returncode == 2 and done.stderr == f"error: {error.value}\n" and "Traceback" not in done.stderr
+
+
+def test_a_full_disk_no_docstrings_no_console_and_no_path(tmp_path):
+    fake_run(tmp_path / "é", "core/additive_s0", "additive", 0)
+    fake_run(tmp_path / "begun", "core/additive_s0", "additive", 0, done=False)
+    (tmp_path / "begun/core/additive_s0/log.jsonl").unlink()
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, ROOT / "plots.py", tmp_path / "begun"], stdout=full, text=True,
+                              stderr=subprocess.PIPE)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    env = {**os.environ, "PYTHONOPTIMIZE": "2", "PYTHONSAFEPATH": "1", "LC_ALL": "C", "PYTHONUTF8": "0",
+           "PYTHONCOERCECLOCALE": "0"}
+    for arguments in (["--help"], [tmp_path / "é"]):
+        done = subprocess.run([sys.executable, ROOT / "plots.py", *arguments], capture_output=True, text=True, env=env)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "*Validation score against training step" in (tmp_path / "é/REPORT.md").read_text(encoding="utf-8")

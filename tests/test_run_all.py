@@ -2,6 +2,7 @@
 import fcntl
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, copy_of_repository
+
+import data
 
 SYSTEMS = ["additive", "cross_attention", "concat", "unfreeze", "data_only"]
 
@@ -81,11 +84,11 @@ def test_the_archived_checkpoint_is_loaded_from_there(smoke, preloaded, tmp_path
     """The SCST checkpoint that phase 4 archived, captioned where it lies: as where it was trained."""
     place, old = tmp_path / "smoke_additive_s0", smoke / "core/additive_s0/scst"
     shutil.copytree(smoke.parent / "full_training/finetuned" / place.name, place)
-    assert {p.name for p in (place / "scst").iterdir()} == {"fusion.json", "fusion.safetensors", "run_card.json",
-                                                            "reranker.json"}
+    assert {p.name for p in (place / "scst").iterdir()} == {"fusion.json", "fusion.safetensors", "run_card.json", "rerank"}
+    assert [p.name for p in (place / "scst/rerank").iterdir()] == ["reranker.json"]
     subprocess.run([preloaded / "bin/python", "evaluate.py", "caption", place / "scst", "--rerank"],
                    cwd=smoke.parent.parent, check=True)
-    for name in ("predictions.json", "first_beam/predictions.json"):
+    for name in ("predictions.json", "rerank/predictions.json"):
         assert json.loads((place / "scst" / name).read_text()) == json.loads((old / name).read_text())
     cards = [json.loads((folder / "run_card.json").read_text()) for folder in (place / "scst", old)]
     xe = json.loads((old.parent / "run_card.json").read_text())
@@ -109,32 +112,32 @@ def test_appendix(smoke):
 
 
 def test_video_beside_sound(smoke):
-    """The two-branch run: what it kept, what it hears with each branch, and that the older run's captions stand."""
-    run = smoke / "video/both_try1_s0"
-    kept = json.loads((run / "retention.json").read_text())["conditions"]
-    assert set(kept) == {"backbone", "gates_closed", "no_clip", "unrelated_clip", "silence", "noise", "unrelated_audio",
-                         "unrelated_video", "nothing_attached"}
+    """Two senses trained apart and attached together: what they keep, and what they hear, together and alone."""
+    audio, video = smoke / "retention/additive_keep_s0", smoke / "video/video_try1_s0"
+    kept = json.loads((audio / f"with_{video.name}/retention.json").read_text())["conditions"]
+    assert set(kept) >= {"backbone", "gates_closed", "no_clip", "unrelated_clip", "silence", "noise", "nothing_attached"}
     for name, found in kept.items():
         assert found["identical"] is (name in ("backbone", "gates_closed", "no_clip", "nothing_attached")), name
         lo, hi = found["nll_ci95"]
         assert lo <= found["nll"] <= hi and set(found) >= {"accuracy_ci95", "agreement_ci95", "accuracy_by_kind"}
-    again = json.loads((run / "audio_again.json").read_text())
-    assert again["clean_identical"] and again["n"] == 32 and set(again["distracted"]) == set(again["before"])
-    heard = {name: json.loads((run / name / "predictions.json").read_text())
-             for name in ("", "audio", "video", "shuffled")}
-    alone = {name: json.loads((smoke / f"video/{name}_s0/predictions.json").read_text()) for name in ("audio", "video")}
-    ids = [[i["id"] for i in items] for items in (*heard.values(), *alone.values())]
+    unrelated = json.loads((audio / f"with_{video.name}/unrelated/result.json").read_text())
+    before = json.loads((audio / "result.json").read_text())
+    assert unrelated["n"] == before["n"] == 32 and unrelated["hear"] == "unrelated"
+    heard = [video / f"with_{audio.name}" / name for name in ("", "audio", "video", "shuffled")]
+    alone = [smoke / f"video/{name}_s0" for name in ("audio", "video")]
+    ids = [[i["id"] for i in json.loads((folder / "predictions.json").read_text())] for folder in (*heard, *alone, video)]
     assert all(found == ids[0] for found in ids)
     decision = json.loads((smoke / "phase3/decision.json").read_text())
     assert decision["decision"] == "keep" and len(decision["tries"]) == 1
-    done = subprocess.run([sys.executable, "bootstrap.py", "compare", run, run / "audio", "--metrics", "cider_d",
+    done = subprocess.run([sys.executable, "bootstrap.py", "compare", heard[0], heard[1], "--metrics", "cider_d",
                            "--resamples", "200"], cwd=smoke.parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in ("gate_l2_1", "gate_l2_100", "keep_0.3", "keep_3", "additive_keep", "cross_attention_keep", "concat_keep",
                  "unfreeze_keep"):
         assert (smoke / f"retention/{name}_s0/retention.json").exists()
-    config = json.loads((run / "config.json").read_text())
-    assert config["beside"].endswith("retention/additive_keep_s0") and config["keep"] == 10 and config["null_slot"]
+    for run, sense in (audio, "audio"), (video, "video"):
+        config = json.loads((run / "config.json").read_text())
+        assert config["keep_qa"].endswith(f"keep_qa/{sense}.jsonl") and config["keep"] == 10 and config["null_slot"]
 
 
 def test_started_again_nothing_is_redone(smoke, preloaded):
@@ -161,7 +164,12 @@ TWO_GPUS = '#!/bin/sh\necho "GPU 0: NVIDIA H100 (UUID: GPU-1)"\necho "GPU 1: NVI
 
 STUB = r"""#!/usr/bin/env bash
 # stands in for python: fails or sleeps as told, and leaves what the real scripts leave
-case "$*" in -c*importlib*) exit 0 ;; -c*) exec REAL "$@" ;; esac
+case "$*" in
+-c*symlink_to*) echo "start keep_qa" >>calls.txt; mkdir -p "${!#}"; touch "${!#}"/{audio,video}.jsonl; exit 0 ;;
+-c*importlib* | -c*"import data"* | -c*"import torch"*) exit 0 ;;
+tests/plan.py*) exec cat ;;
+-c*) exec REAL "$@" ;;
+esac
 out=""; for ((i = 1; i <= $#; i++)); do [ "${!i}" = --out ] && { j=$((i + 1)); out=${!j}; }; done
 case $1 in
 train.py)
@@ -179,8 +187,13 @@ train.py)
     echo "{\"best\": {\"val_spider_lite\": $good}}" >"$out/training.json" ;;
 evaluate.py)
     [ "$2" = decide ] && { echo "decide $(grep -o try <<<"$*" | wc -l)" >>calls.txt; exit "${STUB_DECISION:-0}"; }
-    for word in "$@"; do
-        [ -d "$word" ] && for name in result retention audio_again; do echo "{}" >"$word/$name.json"; done
+    sleep "${STUB_EVALUATION:-0}" & wait $!
+    with=""; [[ "$*" =~ " --with "([^ ]+) ]] && with=with_${BASH_REMATCH[1]##*/}
+    for word in "${@:3}"; do
+        [ "${word#--}" = "$word" ] || break
+        for folder in "$word/$with" "$word/$with/unrelated" "$word/$with/shuffled" "$word/rerank"; do
+            mkdir -p "$folder"; for name in result retention robustness; do echo "{}" >"$folder/$name.json"; done
+        done
     done ;;
 esac
 exit 0
@@ -195,8 +208,9 @@ def stubbed(tmp_path):
         (tmp_path / "bin" / name).write_text(script)
         (tmp_path / "bin" / name).chmod(0o755)
 
-    def start(**env):
-        return subprocess.Popen(["bash", "run_all.sh"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    def start(*command, **env):
+        command = command or ("bash", "run_all.sh")
+        return subprocess.Popen([*command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                 text=True, env={**os.environ, "VENV": str(tmp_path), "SEEDS": "0 1", "EXP": "exp",
                                                 "PHASES": "0 1", "JOBS": "20",
                                 "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **env},
@@ -204,6 +218,11 @@ def stubbed(tmp_path):
                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     start.folder = tmp_path
     return start
+
+
+def started(folder):
+    """Names of the jobs that were started, in order."""
+    return [line.split()[1] for line in calls(folder) if line.startswith("start")]
 
 
 def calls(folder):
@@ -260,26 +279,116 @@ def test_a_failed_sanity_phase_stops_everything(stubbed):
 
 @pytest.mark.parametrize("decision, tries, status", [("0", 1, 0), ("3", 3, 1), ("2", 1, 1)])
 def test_the_loop_of_the_video_branch(stubbed, decision, tries, status):
-    """Kept, it ends; beyond the tolerance the penalty is raised twice; a mistake ends it at once."""
+    """Kept, it ends; beyond the tolerance the weight is raised twice; a mistake ends it at once."""
     process = stubbed(PHASES="3", STUB_DECISION=decision)
     out = process.communicate(timeout=60)[0]
     assert process.returncode == status, out
-    names = [c.split()[1] for c in calls(stubbed.folder) if c.startswith("start")]
-    assert [n for n in names if "try" in n] == [f"video/both_try{k}_s0" for k in range(1, tries + 1)]
+    names = started(stubbed.folder)
+    assert [n for n in names if "try" in n] == [f"video/video_try{k}_s0" for k in range(1, tries + 1)]
     assert [c for c in calls(stubbed.folder) if c.startswith("decide")] == [f"decide {k}" for k in range(1, tries + 1)]
-    commands = [(stubbed.folder / f"exp/video/both_try{k}_s0/cmd.txt").read_text() for k in range(1, tries + 1)]
-    assert [c.split("--gate-l2 ")[1].split()[0] for c in commands] == ["1e-4", "1e-3", "1e-2"][:tries]
+    commands = [(stubbed.folder / f"exp/video/video_try{k}_s0/cmd.txt").read_text() for k in range(1, tries + 1)]
     assert [c.rsplit("--keep ")[-1].split()[0] for c in commands] == ["10", "30", "100"][:tries]
+    # trained alone: nothing of the audio run but its prompt among the questions
+    assert all("additive_keep" not in c and "--keep-qa exp/keep_qa/video.jsonl" in c for c in commands)
+    assert "--keep-qa exp/keep_qa/audio.jsonl" in (stubbed.folder / "exp/retention/additive_keep_s0/cmd.txt").read_text()
+    # the audio run's own answers and captions are there before they are compared
+    assert names[0] == "keep_qa" and (stubbed.folder / "exp/retention/additive_keep_s0/retention.json").exists()
     assert ("after 3 tries video still costs more than 0.5 percentage points" in out) is (decision == "3")
     if decision != "2":  # whatever was decided, all else is done
         assert set(names) >= {"video/audio_s0", "video/video_s0", *(f"retention/{v}_s0" for v in ("gate_l2_1", "keep_3", "concat_keep"))}
 
 
+def test_questions_to_keep_for_two_senses(world, tmp_path):
+    """The file that phase 3 writes: images' questions, 30% the other sense's prompt, none of the sense's own."""
+    copy = copy_of_repository(tmp_path / "copy", world)
+    environment = {**os.environ, "SMOKE": "1", "DRY": "1", "PHASES": "3", "EXP": "my exp",
+                   "VENV": str(Path(sys.executable).parent.parent)}
+    done = subprocess.run(["bash", "run_all.sh"], cwd=copy, capture_output=True, text=True, env=environment)
+    line = next(x for x in done.stdout.splitlines() if x.endswith("# keep_qa"))
+    line = line.replace("python ", f"{sys.executable} ", 1)
+    for _ in range(2):  # again, over what is there
+        subprocess.run(["bash", "-c", line], cwd=copy, check=True)
+    own = {data.content(q) for q in data.read_kept(world / "data/qa/train.json")}
+    for sense, other, prompt in ("audio", "video", data.VIDEO_PROMPT), ("video", "audio", data.SOUND_PROMPT):
+        questions = data.read_kept(copy / f"my exp/keep_qa/{sense}.jsonl")
+        texts = [q for q in questions if q.image is None]
+        assert {q.question for q in texts} == {prompt}
+        assert len(texts) == round(0.3 * len(questions)) > 0
+        assert {data.content(q) for q in questions if q.image} == own  # the same pictures, found from there
+    assert not list((copy / "my exp").rglob("*.tmp*"))
+
+
+def full_scale(folder, **paths):
+    """Folders of a released study, empty, as SCALE=full takes them."""
+    environment = {"SCALE": "full", "SEEDS": "0", "GPUS": "cpu"}
+    for knob in ("AUDIOCAPS", "CLOTHO", "AV", "QA", "KEEP_QA"):
+        environment[knob] = knob.lower()
+        (folder / knob.lower()).mkdir(exist_ok=True)
+    return environment | paths
+
+
 def test_a_study_without_videos(stubbed):
-    process = stubbed(SCALE="full", PHASES="3", SEEDS="0", AV="")
+    process = stubbed(**full_scale(stubbed.folder, PHASES="3", AV=""))
     assert process.wait(60) == 0
-    names = [c.split()[1] for c in calls(stubbed.folder) if c.startswith("start")]
+    names = started(stubbed.folder)
     assert "retention/additive_keep_s0" in names and not [n for n in names if "video" in n]
+
+
+@pytest.mark.parametrize("scale", ["tiny", "full"])
+@pytest.mark.parametrize("knob, gone", [
+    ("CLOTHO", ["--dataset clotho", "/clotho/"]), ("AV", ["--dataset av", "/video/"]),
+    ("KEEP_QA", ["--keep", "keep_qa", "_keep_", "--with", " decide "]),
+    ("QA", ["--keep", "keep_qa", "_keep_", "--with", " decide ", " retention ", "--qa", "--probe", " check ", "--gate-l2"])])
+def test_what_has_no_data_is_left_out(stubbed, scale, knob, gone):
+    """An empty knob leaves out what needs it, says so, and leaves everything else."""
+    study = {"DRY": "1", "PHASES": "0 1 2 3 4 5"}
+    if scale == "full":
+        study = full_scale(stubbed.folder, **study)
+
+    def printed(**env):
+        process = stubbed(**study | env)
+        lines = process.communicate(timeout=60)[0].splitlines()
+        assert process.returncode == 0
+        return lines
+    whole, left = printed(), printed(**{knob: ""})
+    for word in gone:
+        assert [line for line in whole if word in line] and not [line for line in left if word in line]
+    # evaluations stand in groups, which are others when some of their runs are left out
+    others = [line for line in whole if " train.py " in line and not any(word in line for word in gone)]
+    assert [line for line in left if " train.py " in line and "/retention/" not in line] == [
+        line for line in others if "/retention/" not in line]
+    assert [line for line in left if line.startswith(f"# {knob} is empty: ")]
+
+
+def test_phase_0_without_questions_still_trains(stubbed):
+    assert stubbed(PHASES="0", QA="").wait(60) == 0
+    assert started(stubbed.folder) == ["sanity/overfit"]
+
+
+@pytest.mark.parametrize("knob, phases, fails", [
+    ("AUDIOCAPS", "0 1", True), ("CLOTHO", "0 1", True), ("CLOTHO", "2", False), ("AV", "0 1 2 3", True), ("QA", "0", True),
+    ("KEEP_QA", "0 3", True), ("KEEP_QA", "1", False), ("TIMESFORMER", "0 3", True), ("LLAVA", "2", True)])
+def test_paths_of_later_phases_are_looked_at_first(stubbed, knob, phases, fails):
+    process = stubbed(**full_scale(stubbed.folder, PHASES=phases, **{knob: "./not there"}))
+    out = process.communicate(timeout=60)[0]
+    if fails:
+        assert process.returncode == 2 and f"error: {knob}=./not there: no such file or folder" in out
+        assert len(out.strip().splitlines()) == 1 and not calls(stubbed.folder)
+    else:
+        assert process.returncode == 0, out
+    assert (stubbed.folder / "exp").exists() is not fails
+
+
+def test_tables_of_later_phases_are_read_first(world, tmp_path):
+    copy = copy_of_repository(tmp_path / "copy", world)
+    (copy / "empty").mkdir()
+    smoke = copy / "smoke/data"
+    done = subprocess.run(["bash", "run_all.sh"], cwd=copy, capture_output=True, text=True, env={
+        **os.environ, "SCALE": "full", "AUDIOCAPS": str(smoke / "audiocaps"), "CLOTHO": "empty", "AV": "",
+        "QA": str(smoke / "qa/test.json"), "KEEP_QA": str(smoke / "qa/train.json"), "EXP": "exp",
+        "VENV": str(Path(sys.executable).parent.parent)})
+    assert done.returncode == 2 and not (copy / "exp").exists()
+    assert done.stderr.startswith("error: CLOTHO: ") and len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("env, starts", [
@@ -315,39 +424,294 @@ def test_gpus_are_a_free_list(stubbed, monkeypatch, env, slots):
     assert most == slots
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_stopping_ends_every_descendant(stubbed, how):
+@pytest.mark.parametrize("how, status", [
+    (signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGQUIT, 131), (signal.SIGPIPE, 141)])
+def test_stopping_ends_every_descendant(stubbed, how, status):
     seconds = f"987.{os.getpid()}"
     process = stubbed(STUB_SLEEP=seconds)
     deadline = time.time() + 120
     while not calls(stubbed.folder) and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(how)
-    assert process.wait(20) == 130
+    assert process.wait(20) == status
     left = subprocess.run(["pgrep", "-f", f"sleep {seconds}"], capture_output=True, text=True).stdout
     assert left == ""
 
 
-def test_a_second_script_is_refused_and_a_stale_lock_is_not(stubbed):
-    first = stubbed(STUB_SLEEP="5")
+def wait_for_the_first_job(folder):
     deadline = time.time() + 120
-    while not calls(stubbed.folder) and time.time() < deadline:
+    while not calls(folder) and time.time() < deadline:
         time.sleep(0.1)
-    second = stubbed()
+
+
+def test_closing_the_terminal_ends_every_descendant(stubbed):
+    seconds = f"988.{os.getpid()}"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(stubbed.folder)
+        os.execvpe("bash", ["bash", "run_all.sh"], {**os.environ, "VENV": str(stubbed.folder), "EXP": "exp",
+                                                    "STUB_SLEEP": seconds, "PHASES": "0"})
+    wait_for_the_first_job(stubbed.folder)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+    assert subprocess.run(["pgrep", "-f", f"sleep {seconds}"], capture_output=True, text=True).stdout == ""
+
+
+def path_without(folder, *names):
+    """A PATH that has all of this one's commands but some."""
+    (folder / "path").mkdir()
+    for place in reversed(os.environ["PATH"].split(":")):
+        for file in Path(place).iterdir() if Path(place).is_dir() else []:
+            if file.name not in names:
+                link = folder / "path" / file.name
+                link.unlink(missing_ok=True)
+                link.symlink_to(file)
+    return str(folder / "path")
+
+
+@pytest.mark.parametrize("flock", ["command", "none", "busybox"])
+def test_a_second_script_is_refused_while_a_job_of_a_killed_one_lives(stubbed, flock):
+    """With util-linux's flock, without one as on macOS, and with BusyBox's, which knows -n alone."""
+    env = {}
+    if flock != "command":
+        env["PATH"] = f"{stubbed.folder / 'bin'}:{path_without(stubbed.folder, 'flock')}"
+        if flock == "busybox":
+            script = stubbed.folder / "bin/flock"
+            script.write_text(f'#!/bin/sh\n[ "$*" = "-n 9" ] && exec {shutil.which("flock")} -n 9\nexit 1\n')
+            script.chmod(0o755)
+    first = stubbed(STUB_SLEEP="6", PHASES="0", **env)
+    wait_for_the_first_job(stubbed.folder)
+    second = stubbed(**env)
     assert "another run_all.sh is at work" in second.communicate(timeout=20)[0] and second.returncode == 2
     first.kill()
     first.wait()
-    subprocess.run(["pkill", "-KILL", "-f", str(stubbed.folder)])
-    third = stubbed()
-    assert third.wait(60) == 0
+    second = stubbed(**env)  # its job has not ended
+    out = second.communicate(timeout=20)[0]
+    assert second.returncode == 2 and "another run_all.sh is at work there, or jobs of one that was killed: process" in out
+    assert len(calls(stubbed.folder)) == 1
+    # what the message names can be ended, and then the folder is free
+    subprocess.run(["kill", *out.split("process")[1].split()], check=True)
+    third = stubbed(PHASES="0", **env)
+    out = third.communicate(timeout=60)[0]
+    assert third.returncode == 0, out
+    assert ("no flock command here" in out) is (flock == "none")
+
+
+def test_a_file_system_without_locks_is_no_second_script(stubbed):
+    (stubbed.folder / "bin/flock").write_text('#!/bin/sh\necho "flock: 9: No locks available" >&2\nexit 71\n')
+    (stubbed.folder / "bin/flock").chmod(0o755)
+    process = stubbed(PHASES="0")
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    assert "exp/lock cannot be locked (flock: 9: No locks available): start no second run_all.sh there" in out
+
+
+def test_the_export_is_put_in_place_whole(stubbed):
+    """All folders of results, under flat names; what somebody captioned in the archive stays."""
+    environment = {"PHASES": "1 4", "SEEDS": "0"}
+    assert stubbed(**environment).wait(60) == 0
+    scst = stubbed.folder / "exp/core/additive_s0/scst"
+    (scst / "rerank").mkdir(parents=True)
+    for name in ("fusion.json", "fusion.safetensors", "run_card.json", "rerank/reranker.json"):
+        (scst / name).write_text(name)
+    export = stubbed.folder / "exp/export"
+    (export / "of an earlier start").touch()
+    archived = stubbed.folder / "full_training/finetuned/exp_additive_s0"
+    for _ in range(2):
+        assert stubbed(**environment).wait(60) == 0
+        names = {str(p.parent.relative_to(export)) for p in export.rglob("result.json")}
+        assert names >= {"audiocaps/additive_s0", "audiocaps/additive_s0_rerank", "audiocaps/additive_s0_scst",
+                         "audiocaps/data_only_s0", "clotho/cross_attention_s0"}
+        assert not (export / "of an earlier start").exists() and not [*stubbed.folder.rglob("*.new")]
+        assert {str(p.relative_to(archived)) for p in archived.rglob("*.json")} >= {
+            "config.json", "training.json", "scst/fusion.json", "scst/run_card.json", "scst/rerank/reranker.json"}
+        (archived / "scst/predictions.json").touch()
+    assert stubbed(**environment).wait(60) == 0 and (archived / "scst/predictions.json").exists()
+
+
+# ---------------------------------------------------------------- finished with these inputs
+
+INPUTS = {"LLAVA": "hub/a", "CLAP": "hub/clap", "PHASES": "0 1"}
+
+
+@pytest.fixture
+def finished(stubbed):
+    """A finished study: phases 0 and 1 of one seed, at full scale."""
+    environment = full_scale(stubbed.folder, **INPUTS)
+    process = stubbed(**environment)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, out
+    return stubbed, environment
+
+
+@pytest.mark.parametrize("other, job, difference", [
+    ({"LLAVA": "hub/b"}, "core/additive_s0", "--llava hub/a, now hub/b"),
+    ({"CLAP": "hub/b"}, "core/additive_s0", "--encoder hub/clap, now hub/b"),
+    ({"AUDIOCAPS": "other"}, "core/additive_s0", "--data audiocaps, now other"),
+    ({"CLOTHO": "other"}, "clotho/additive_s0", "--data clotho, now other"),
+    ({"QA": "other"}, "core/retention_1", "--qa qa, now other"),
+    ({"MEMORY": "24"}, "core/additive_s0", "--micro-batch 32, now 8"),
+    ({"SCALE": "tiny", "EXP": "exp"}, "core/additive_s0", "--steps nothing, now 400")])
+def test_a_finished_job_with_other_inputs_is_refused(finished, other, job, difference):
+    """Naming the job and the flag, before any job of the second start; printing says it, too."""
+    start, environment = finished
+    (start.folder / "other").mkdir()
+    for dry in "01":
+        before = calls(start.folder)
+        process = start(**environment | other | {"SEEDS": "0 1", "PHASES": "1", "DRY": dry})
+        out = process.communicate(timeout=60)[0]
+        assert process.returncode == 2 and calls(start.folder) == before
+        last = out.strip().splitlines()[-1]
+        assert last.startswith(f"error: exp/{job} was started with ") and difference in last and "EXP=" in last
+
+
+def test_an_interrupted_job_with_other_inputs_is_refused(finished):
+    start, environment = finished
+    shutil.rmtree(start.folder / "exp/clotho")
+    for name in ("training", "result"):
+        (start.folder / f"exp/core/concat_s0/{name}.json").unlink()
+    for run in (start.folder / "exp/core").iterdir():
+        if run.name != "concat_s0":
+            shutil.rmtree(run)
+    process = start(**environment | {"LLAVA": "hub/b", "PHASES": "1"})
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 2
+    assert "exp/core/concat_s0 was started with --llava hub/a, now hub/b" in out
+
+
+def test_what_only_starts_a_job_may_differ(finished):
+    """GPUs, threads, jobs at a time, LAUNCH, torchrun, Python; and the folder by another name, or moved."""
+    start, environment = finished
+    (start.folder / "launch.sh").write_text('shift\nexec "$@"\n')
+    (start.folder / "other").mkdir()
+    shutil.copytree(start.folder / "bin", start.folder / "other/bin")
+    for other in ({"GPUS": "0 1", "JOBS": "2"}, {"THREADS": "3", "JOBS": "1"}, {"LAUNCH": "bash launch.sh --x"},
+                  {"VENV": str(start.folder / "other")}, {"NPROC": "2"}, {"AUDIOCAPS": "./audiocaps/"},
+                  {"EXP": str(start.folder / "exp")}, {"SEEDS": "0 1"}):
+        before = calls(start.folder)
+        process = start(**environment | other)
+        out = process.communicate(timeout=60)[0]
+        assert process.returncode == 0, out
+        assert (calls(start.folder) == before) is ("SEEDS" not in other)
+    (start.folder / "exp").rename(start.folder / "moved to")
+    assert start(**environment | {"EXP": "moved to", "SEEDS": "0 1 2"}).wait(60) == 0
+
+
+def test_questions_to_keep_of_another_file_are_refused(stubbed):
+    environment = full_scale(stubbed.folder, PHASES="3", AV="")
+    assert stubbed(**environment).wait(60) == 0
+    (stubbed.folder / "other").mkdir()
+    process = stubbed(**environment | {"KEEP_QA": "other"})
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 2 and "exp/keep_qa was started with --from keep_qa, now other" in out
+
+
+def test_a_job_that_failed_with_other_questions_is_no_finished_one(stubbed):
+    """What a first start asked in vain, in more groups than the second, is forgotten."""
+    environment = full_scale(stubbed.folder, PHASES="1", CLOTHO="")
+    (stubbed.folder / "other").mkdir()
+    assert stubbed(**environment).wait(60) == 0
+    for marker in (stubbed.folder / "exp").rglob("retention.json"):
+        marker.unlink()
+    assert stubbed(**environment | {"QA": "other", "JOBS": "1"}).wait(60) == 0
+    assert stubbed(**environment | {"QA": "other"}).wait(60) == 0
+
+
+# ---------------------------------------------------------------- knobs, and how the script is reached
+
+@pytest.mark.parametrize("value", ["true", "yes", "True", "on", " 1 "])
+def test_a_switch_in_other_words(stubbed, value):
+    process = stubbed(DRY=value)
+    assert "# phase 0: " in process.communicate(timeout=60)[0] and process.returncode == 0
+    assert not calls(stubbed.folder) and not (stubbed.folder / "exp").exists()
+
+
+def test_white_space_and_zeros_in_knobs(stubbed):
+    def printed(**env):
+        process = stubbed(**{"DRY": "1", "PHASES": "0 1 2 3 4", "JOBS": "2", **env})
+        out = process.communicate(timeout=60)[0]
+        assert process.returncode == 0, out
+        return out
+    assert printed() == printed(SEEDS="0\n1\n", PHASES="0\n1\n2\n3\n4", NPROC="1\n")
+    assert printed(GPUS="cpu") == printed(SEEDS="\t00  01", PHASES=" 0 1\n2 3 4 ", JOBS="02 ", SMOKE="no", GPUS=" CPU\n",
+                                          SCALE="tiny ", NPROC="1\n", DRY="Yes")
+
+
+@pytest.mark.parametrize("env", [
+    *[{"CUDA_VISIBLE_DEVICES": value} for value in ("", " ", "-1", "none", "NoDevFiles", "void", "-1,0")],
+    *[{"GPUS": value} for value in ("cpu", "CPU", "none", "NoDevFiles", "-1")]])
+def test_words_for_no_gpu(stubbed, monkeypatch, env):
+    """On a machine with two GPUs, too: no job is given one, and there is one a core, OMP_NUM_THREADS or not."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    out = stubbed(**{"DRY": "1", "JOBS": "", **env}).communicate(timeout=60)[0]
+    jobs = [line for line in out.splitlines() if "train.py" in line]
+    assert len(jobs) == 17
+    assert {line.split("python ")[0] for line in jobs} == {"CUDA_VISIBLE_DEVICES= " if "GPUS" in env else ""}
+    assert len([line for line in out.splitlines() if " retention " in line and "core/" in line]) == len(os.sched_getaffinity(0))
+
+
+def test_a_stale_torchrun_in_the_environment(stubbed):
+    """No job takes itself for one of eight processes."""
+    stub = stubbed.folder / "bin/python"
+    stub.write_text(stub.read_text().replace("case $1 in\n", 'echo "${RANK-}${WORLD_SIZE-}${PYTHONSAFEPATH-}" >>env.txt\ncase $1 in\n', 1))
+    assert stubbed(PHASES="0", RANK="3", WORLD_SIZE="8", PYTHONSAFEPATH="1").wait(60) == 0
+    assert set((stubbed.folder / "env.txt").read_text().split("\n")) == {""}
+
+
+def test_sh_and_old_bash_are_told_what_to_do(stubbed):
+    for env, word in (({}, "start it with bash run_all.sh"), ({"BASH_VERSION": "3.2.57(1)-release"}, "bash 4.4 or newer"),
+                      ({"BASH_VERSION": "4.3.0"}, "bash 4.4 or newer")):
+        if shutil.which("dash") is None:
+            pytest.skip("needs dash")
+        process = stubbed("dash", "run_all.sh", **env)  # dash believes a BASH_VERSION that it is given
+        out = process.communicate(timeout=60)[0]
+        assert process.returncode == 2 and word in out and len(out.splitlines()) == 1
+
+
+def test_bash_called_sh(stubbed):
+    (stubbed.folder / "bin/sh_is_bash").mkdir()
+    (stubbed.folder / "bin/sh_is_bash/sh").symlink_to(shutil.which("bash"))
+    process = stubbed(str(stubbed.folder / "bin/sh_is_bash/sh"), "run_all.sh", DRY="1")
+    assert "# phase 1: " in process.communicate(timeout=60)[0] and process.returncode == 0
+
+
+@pytest.mark.parametrize("way", ["CDPATH", "link", "folder of links"])
+def test_the_script_runs_where_it_lies(stubbed, way):
+    """Not where CDPATH finds a folder of that name, and not where a link to the script alone lies."""
+    folder = stubbed.folder / "here/p"
+    shutil.copytree(stubbed.folder, folder, ignore=shutil.ignore_patterns("here"))
+    (folder / "train.py").touch()
+    shutil.copytree(folder, stubbed.folder / "else/p")
+    env, name, home = {}, "p/run_all.sh", folder
+    if way == "CDPATH":
+        env["CDPATH"] = str(stubbed.folder / "else")
+    else:
+        (stubbed.folder / "here/links").mkdir()
+        name = "links/study"
+        (stubbed.folder / "here" / name).symlink_to(folder / "run_all.sh")
+        if way == "folder of links":
+            (stubbed.folder / "here/links/train.py").symlink_to(folder / "train.py")
+            home = stubbed.folder / "here/links"
+    assert stubbed("env", "-C", str(stubbed.folder / "here"), "bash", name, PHASES="0", **env).wait(60) == 0
+    assert [p.parent for p in stubbed.folder.rglob("exp")] == [home]
 
 
 @pytest.mark.parametrize("env, message", [
     (dict(PHASES="0 7"), "there is no phase 7"), (dict(SCALE="huge"), "tiny, small or full"),
     (dict(SCALE="full", SMOKE="1"), "SMOKE=1 is for SCALE=tiny and small"),
     (dict(GPUS="0 1", NPROC="2"), "NPROC=2 needs slots of 2"),
-    (dict(VENV="/nowhere"), "lacks packages")])
+    (dict(VENV="/nowhere"), "lacks packages"),
+    *[(dict(DRY=value), f"DRY={value}: takes 0 or 1") for value in ("2", "plan", "nope")],
+    (dict(SMOKE="tiny"), "SMOKE=tiny: takes 0 or 1"),
+    *[(dict(SEEDS=value), "SEEDS") for value in ("-1", "a", "0 0", "1 01", " ", "2147483648", "99999999999999999999", "1.0", "*")],
+    *[(dict(PHASES=value), "PHASES") for value in ("1 1", "-1", "one", " ", "0,1")],
+    *[(dict({knob: value}), f"{knob}={value}: takes a whole number") for knob in ("JOBS", "THREADS", "NPROC", "MEMORY")
+      for value in ("0", "-2", "1.5", "many", "100000")],
+    *[(dict(TOLERANCE=value), f"TOLERANCE={value}: takes a number above 0") for value in ("0", "-1", "a", "0,5", "0.0")],
+    *[(dict(GPUS=value), "GPUS=") for value in ("all", "0;1", "cuda:0", "0 x", "0,1")],
+    (dict(EXP="run_all.sh"), "EXP=run_all.sh: is not a folder")])
 def test_mistakes_are_one_line(stubbed, env, message):
     process = stubbed(**env)
     out = process.communicate(timeout=60)[0]
-    assert process.returncode == 2 and message in out
+    assert process.returncode == 2 and message in out and out.startswith("error: ") and len(out.splitlines()) == 1
+    assert not calls(stubbed.folder) and not (stubbed.folder / "exp").exists()

@@ -67,7 +67,7 @@ def test_prompts_and_answers_of_the_backbone(made):
     assert backbone.chat("Hi", image=True) == "<|im_start|>user\n<image>\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert backbone.tokenizer.convert_ids_to_tokens(backbone.caption_ids("Hi", "blue")) == ["blue", "<|im_end|>"]
     assert backbone.tokenizer.pad_token == "<pad>" and backbone.pad != backbone.eos == 2
-    ids, _ = backbone.prompt("What is the capital of France?")
+    ids, *_ = backbone.encode("What is the capital of France?")
     out = backbone.llava.generate(input_ids=torch.tensor([ids]), max_new_tokens=12, do_sample=False)
     assert "Paris" in backbone.text(out[0, len(ids):])
 
@@ -106,17 +106,27 @@ def test_without_the_wheel_one_line_says_what_to_install(monkeypatch):
 
 
 def test_log_probabilities_in_slices_of_learned_tokens(monkeypatch):
-    """As from all logits at once, and 0 behind the end."""
+    """As from all logits at once, with and without a gradient, which makes them once more; a slice is one token at
+    least."""
     torch.manual_seed(0)
-    lm_head, hidden, tokens = torch.nn.Linear(8, 50), torch.randn(3, 5, 8), torch.randint(0, 50, (3, 5))
-    mask = torch.arange(5) < torch.tensor([5, 1, 3])[:, None]
-    whole = evaluate.sequence_logprobs(hidden, tokens, mask, lm_head)
-    torch.testing.assert_close(whole, mask * evaluate.token_logprobs(lm_head(hidden), tokens))
+    lm_head, hidden, tokens = torch.nn.Linear(8, 50), torch.randn(9, 8, requires_grad=True), torch.randint(0, 50, (9,))
+    whole = evaluate.token_logprobs(hidden, tokens, lm_head)
+    torch.testing.assert_close(whole, lm_head(hidden).log_softmax(-1)[range(9), tokens])
+    weights = torch.randn(9)
+    wanted = torch.autograd.grad(whole @ weights, [hidden, lm_head.weight])
     made = []
     lm_head.register_forward_hook(lambda module, given, logits: made.append(logits.numel()))
-    monkeypatch.setattr(evaluate, "LOGITS_IN_MEMORY", 4 * 50 * 2)
-    torch.testing.assert_close(evaluate.sequence_logprobs(hidden, tokens, mask, lm_head), whole)
-    assert sum(made) == 50 * mask.sum() and max(made) <= 50 * 2
+    for limit, tokens_a_slice in ((4 * 50 * 2, 2), (1, 1), (4 * 50 * 8, 8)):
+        monkeypatch.setattr(evaluate, "LOGITS_IN_MEMORY", limit)
+        made.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(evaluate.token_logprobs(hidden, tokens, lm_head), whole)
+        assert sum(made) == 50 * 9 and max(made) == 50 * tokens_a_slice
+        sliced = evaluate.token_logprobs(hidden, tokens, lm_head)
+        torch.testing.assert_close(sliced, whole)
+        assert sum(made) == 2 * 50 * 9
+        torch.testing.assert_close(torch.autograd.grad(sliced @ weights, [hidden, lm_head.weight]), wanted)
+        assert sum(made) == 3 * 50 * 9 and max(made) == 50 * tokens_a_slice
 
 
 def test_a_dry_run_prints_the_commands_of_every_phase(tmp_path):

@@ -6,9 +6,11 @@ import math
 import multiprocessing
 import os
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -31,14 +33,15 @@ def flags(world, out, *more):
 
 def run(world, out, *more, check=True):
     """train.py, in this process, which has torch imported already: what a subprocess.run would give."""
-    said, status = (io.StringIO(), io.StringIO()), 0
+    said, status = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)], 0
     with contextlib.redirect_stdout(said[0]), contextlib.redirect_stderr(said[1]):
         try:
-            evaluate.guarded(lambda: train.main([*map(str, flags(world, out, *more))]))
+            data.guarded(lambda: train.main([*map(str, flags(world, out, *more))]), fusions.FusionError)
         except SystemExit as e:
             status = e.code
-    assert not (check and status), said[1].getvalue()
-    return subprocess.CompletedProcess((), status, *(s.getvalue() for s in said))
+    out, err = (s.buffer.getvalue().decode() for s in said)
+    assert not (check and status), err
+    return subprocess.CompletedProcess((), status, out, err)
 
 
 SCST = ["--scst", "auto", "--scst-steps", "4", "--scst-lr", "1e-6"]
@@ -60,8 +63,10 @@ def forked(world, out, *more, room=None, last=None):
             train.write_log = written
         if room:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-        with open(f"{out}.txt", "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            evaluate.guarded(lambda: train.main([*map(str, flags(world, out, *more))]))
+        # two files, as a shell gives it: what is done to one descriptor leaves the other alone
+        with open(f"{out}.txt", "a") as file, open(f"{out}.txt", "a") as errors, \
+                contextlib.redirect_stdout(file), contextlib.redirect_stderr(errors):
+            data.guarded(lambda: train.main([*map(str, flags(world, out, *more))]), fusions.FusionError)
 
     process = multiprocessing.get_context("fork").Process(target=target)
     process.start()
@@ -74,7 +79,8 @@ def same_weights(one, two):
 
 
 def log_of(out, event):
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = out / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return [x for x in lines if x["event"] == event]
 
 
@@ -101,52 +107,100 @@ def test_another_caption_of_the_same_clip_is_no_negative():
 
 
 def test_order_is_a_function_of_seed_and_step():
-    order = train.Order([1] * 10, seed=0)
-    first = [order.step(s, 4) for s in range(5)]             # 20 clips: two epochs
+    first = train.data_order([1] * 10, 5, 4, seed=0)         # 20 clips: two epochs
     clips = [c for step in first for c, _ in step]
     assert sorted(clips[:10]) == sorted(clips[10:]) == list(range(10)) and clips[:10] != clips[10:]
-    assert train.Order([1] * 10, seed=0).step(3, 4) == first[3]
-    assert train.Order([1] * 10, seed=1).step(3, 4) != first[3]
-    five = train.Order([5] * 4, seed=0)
-    drawn = [r for s in range(40) for _, r in five.step(s, 4)]
+    assert train.data_order([1] * 10, 4, 4, seed=0) == first[:4]
+    assert train.data_order([1] * 10, 4, 4, seed=1)[3] != first[3]
+    drawn = [r for rows in train.data_order([5] * 4, 40, 4, seed=0) for _, r in rows]
     assert set(drawn) == set(range(5))
 
 
-def test_trunk_states_in_memory_in_a_file_and_of_a_caption_alone(prompted, tmp_path, monkeypatch):
-    backbone, fusion, ids, _ = prompted("additive", 1)
+def model_of(prompted, system):
+    """A train.Model around the stand-in LLaVA."""
+    backbone, fusion, *_ = prompted(system, 1)
     with fusion.attach(backbone.decoder):
-        trunk, _ = fusions.split(backbone.decoder, 3)
-    prompt, captions, batches = ids[0].tolist(), [[5, 6, 7], [8, 9], [10, 11, 12, 13]], []
+        trunk, head = fusions.split(backbone.decoder, 3)
+    return train.Model(backbone, fusion, None, trunk, head, 3)
+
+
+@pytest.mark.parametrize("system", ["additive", "concat"])
+def test_answers_in_memory_in_a_file_and_of_one_alone(prompted, system, tmp_path, monkeypatch):
+    model, batches = model_of(prompted, system), []
+    backbone, trunk = model.backbone, model.trunk
+    prompts = [(data.SOUND_PROMPT, None), ("Describe what is heard.", None), (data.SOUND_PROMPT, None)]
+    captions, frames = [[5, 6, 7], [8, 9], [10, 11, 12, 13]], [torch.randn(4, 8), torch.randn(6, 8)]
     for limit in (1 << 30, 0):
         monkeypatch.setattr(train, "TRUNK_IN_MEMORY", limit)
-        states = train.TrunkStates(backbone, trunk, prompt, captions, [0, 1, 0], range(3), tmp_path)
-        batches.append(states.batch([1, 0]))
+        answers = train.Answers(model, prompts, captions, folder=tmp_path)
+        batches.append(answers.batch([1, 0], frames))
         assert (tmp_path / "trunk0.bin").exists() is (limit == 0)
-    assert all(torch.equal(a, b) for a, b in zip(*batches))
-    states, targets = batches[0]
-    assert targets.tolist() == [[-100, 9, -100], [5, 6, 7]]
-    alone = trunk(input_ids=torch.tensor([prompt + captions[0]]), use_cache=False).last_hidden_state
-    torch.testing.assert_close(states[1:], alone, atol=1e-4, rtol=1e-5)
+    assert torch.equal(batches[0].states, batches[1].states)
+    batch = batches[0]
+    # one after the other: the tokens of the rows, and the states that predict them
+    assert batch.targets.tolist() == [8, 9, 5, 6, 7] and batch.rows.tolist() == [0, 0, 1, 1, 1]
+    ids = [backbone.encode(*prompt, model.placeholders)[0] for prompt in prompts]
+    assert len(answers.prompt) > 3 and answers.prompt == ids[0][:len(answers.prompt)] == ids[1][:len(answers.prompt)]
+    assert ids[0] != ids[1] and [answers.positions(i) for i in range(3)] == [len(p + c) for p, c in zip(ids, captions)]
+    for row, i in enumerate((1, 0)):
+        alone = trunk(input_ids=torch.tensor([ids[i] + captions[i]]), use_cache=False).last_hidden_state[0]
+        torch.testing.assert_close(batch.states[row, :len(alone)], alone, atol=1e-4, rtol=1e-5)
+        first = len(ids[i]) - 1
+        assert batch.positions[batch.rows == row].tolist() == [*range(first, first + len(captions[i]))]
+    padded, mask, slots = batch.clip
+    assert padded.shape == (2, 6, 8) and mask.sum(1).tolist() == [4, 6] and torch.equal(padded[0, :4], frames[0])
+    if system == "concat":
+        assert all(ids[i][k] == backbone.placeholder for row, i in zip(slots.tolist(), (1, 0)) for k in row)
+    else:
+        assert slots is None
     lengths = []
     trunk.register_forward_hook(lambda module, given, out: lengths.append(len(out.last_hidden_state)))
     monkeypatch.undo()
-    some = train.TrunkStates(backbone, trunk, prompt, captions, [0, 1, 0], [0], tmp_path)  # the only one in use
+    some = train.Answers(model, prompts, captions, used=[0], folder=tmp_path)  # the only one in use
     assert lengths == [1]
-    torch.testing.assert_close(some.batch([0])[0], alone)
+    whole = batch.states[1:, :some.positions(0)]
+    torch.testing.assert_close(some.batch([0], frames[:1]).states, whole, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", fusions.SYSTEMS)
-def test_samples_of_a_tree_are_samples_behind_their_own_prompt(prompted, kind):
+def test_a_step_of_captions_is_shared_by_passes_and_processes(prompted, monkeypatch):
+    """Every process together has each row once; the longest are in one pass; CLAP's captions are those of all."""
+    model = model_of(prompted, "additive")
+    captions = [[5] * n for n in (3, 1, 4, 1, 5, 2)]
+    answers = train.Answers(model, [(data.SOUND_PROMPT, None)] * 6, captions)
+    frames, embeds = [torch.full((2, 8), float(clip)) for clip in range(4)], torch.arange(6.0)[:, None]
+    order = [[], [(0, 0), (3, 5), (1, 2), (2, 3)]]
+    args = Namespace(micro_batch=2, scst_micro_batch=0, seed=0)
+    monkeypatch.setattr(train, "WORLD", 2)
+    taken, asked = [], []
+    for rank in range(2):
+        monkeypatch.setattr(train, "RANK", rank)
+        for batch in train.xe_batches(answers, order, frames, embeds, step=1, args=args):
+            taken.append((rank, batch.clips, len(batch.targets), batch.text.flatten().tolist()))
+            assert batch.answer_tokens == 3 + 2 + 4 + 1 and batch.parts == 4
+            assert batch.clip[0][0, 0, 0] == batch.clips[0]
+        for batch in train.scst_batches(answers, order, frames, step=1, args=args):
+            asked.append((batch.clips[0], batch.prompt.tolist(), batch.max_tokens, batch.parts))
+            assert 0 <= batch.seed < 2 ** 63
+    # of captions 3, 5 and 0, 2, sorted by length
+    assert taken == [(0, (2,), 1, [3, 5]), (0, (0,), 3, [0, 2]), (1, (3,), 2, [3, 5]), (1, (1,), 4, [0, 2])]
+    assert [clip for clip, *_ in asked] == [0, 1, 3, 2]
+    assert all(rest == [[answers.prompt], 5, 4] for _, *rest in asked)
+
+
+@pytest.mark.parametrize("system", fusions.SYSTEMS)
+def test_samples_of_a_tree_are_samples_behind_their_own_prompt(prompted, system):
     """Trunk states, log-probabilities and gradients: two clips of five samples, and each sample in a row of its own."""
-    backbone, fusion, ids, slots = prompted(kind, 2)
+    backbone, fusion, ids, slots = prompted(system, 2)
     decoder, lm_head, P, K = backbone.decoder, backbone.llava.lm_head, ids.shape[1], 5
     with fusion.attach(decoder):
         trunk, head = fusions.split(decoder, 3)
     frames, found = torch.randn(2, 5, 8), []
     torch.manual_seed(3)
     with fusion.attach(decoder, frames, slots=slots):
-        tree = scst.sample_tree(decoder, lm_head, ids, K, layer=3, eos=backbone.eos, limit=7, temperature=0.2, fusion=fusion)
-    assert fusion.row_to_clip is None and tree.states.requires_grad is False
+        tree = scst.sample_tree(decoder, lm_head, ids, K, layer=3, eos=backbone.eos, max_tokens=7, temperature=0.2,
+                                rows=fusion.rows)
+        decoder(input_ids=ids)  # again a row for each clip
+    assert fusion._clip_of_row is None and tree.states.requires_grad is False
     samples = tree.samples()
     assert tree.mask.sum() == sum(map(len, samples)) > len(tree.token) > len(set(map(tuple, samples)))  # some is shared
     rows = torch.tensor([[*ids[i // K].tolist(), *s, *[backbone.pad] * (7 - len(s))] for i, s in enumerate(samples)])
@@ -155,7 +209,7 @@ def test_samples_of_a_tree_are_samples_behind_their_own_prompt(prompted, kind):
     def separately():
         states = trunk(input_ids=rows, use_cache=False).last_hidden_state
         hidden = head(inputs_embeds=states, use_cache=False).last_hidden_state[:, P - 1:-1][:, :new.shape[1]]
-        return evaluate.token_logprobs(lm_head(hidden) / 0.2, new)
+        return (lm_head(hidden) / 0.2).log_softmax(-1).gather(-1, new[..., None])[..., 0]
 
     def together():
         hidden = head(inputs_embeds=tree.states, position_ids=tree.position_ids, attention_mask=tree.attention_mask,
@@ -179,7 +233,8 @@ def test_a_tree_draws_independently(prompted):
     backbone, fusion, ids, _ = prompted("additive", 2)
     decoder, lm_head, K = backbone.decoder, backbone.llava.lm_head, 4000
     with torch.inference_mode(), fusion.attach(decoder, torch.randn(2, 5, 8)):
-        tree = scst.sample_tree(decoder, lm_head, ids, K, layer=3, eos=backbone.eos, limit=2, temperature=0.5, fusion=fusion)
+        tree = scst.sample_tree(decoder, lm_head, ids, K, layer=3, eos=backbone.eos, max_tokens=2, temperature=0.5,
+                                rows=fusion.rows)
         assert tree.path.shape == tree.mask.shape == (2 * K, 2)  # no sample is longer than the limit
         for clip, logits in enumerate(lm_head(decoder(input_ids=ids).last_hidden_state[:, -1])):
             first = torch.tensor([s[0] for s in tree.samples()[clip * K:(clip + 1) * K]])
@@ -211,8 +266,44 @@ def test_schedule():
     (dict(val_not_ended=0.5), "not end"), (dict(val_spider_lite=0.1, val_spider=0.1), "after XE")])
 def test_collapse_is_named(change, word):
     xe = dict(val_words=9.0, val_repetition=0.0, val_not_ended=0.0, val_spider_lite=0.6, val_spider=0.6)
-    assert train.collapse(xe, xe) is None
-    assert word in train.collapse({**xe, **change}, xe)
+    for metric in ("val_spider_lite", "val_spider"):
+        assert train.collapse(xe, xe, metric) is None
+        assert word in train.collapse({**xe, **change}, xe, metric)
+
+
+def test_the_commit_of_a_copy(tmp_path, monkeypatch):
+    """Of these scripts, or none: not that of a repository that they have been copied into."""
+    def git(*command):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *who, *command], cwd=outer, capture_output=True, text=True, check=True).stdout.strip()
+
+    outer = tmp_path / "outer"
+    (outer / "copy").mkdir(parents=True)
+    monkeypatch.setattr(train, "__file__", str(outer / "copy/train.py"))
+    assert train.git_commit() is None                         # no repository at all
+    (outer / "copy/train.py").write_text("")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    assert train.git_commit() is None
+    monkeypatch.setattr(train, "__file__", str(outer / "train.py"))
+    assert train.git_commit() == git("rev-parse", "--short=12", "HEAD")
+    (outer / "copy/train.py").write_text("changed")
+    assert train.git_commit().endswith("-dirty")
+    monkeypatch.setenv("PATH", str(tmp_path))                 # git is not installed
+    assert train.git_commit() is None
+
+
+@pytest.mark.parametrize("left_over", [
+    {"RANK": "", "WORLD_SIZE": ""}, {"WORLD_SIZE": "4"}, {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}])
+def test_what_another_job_left_in_the_environment_is_one_process(left_over, monkeypatch):
+    monkeypatch.setattr(os, "environ", {**os.environ, **left_over})
+    again = runpy.run_path(train.__file__)
+    assert [again[name] for name in ("RANK", "WORLD", "LOCAL_RANK", "LOCAL_WORLD")] == [0, 1, 0, 1]
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "here"}
+    monkeypatch.setattr(os, "environ", {**os.environ, **torchrun})
+    again = runpy.run_path(train.__file__)
+    assert [again[name] for name in ("RANK", "WORLD", "LOCAL_RANK", "LOCAL_WORLD")] == [3, 4, 1, 2]
 
 
 # ---------------------------------------------------------------- runs
@@ -236,30 +327,7 @@ def test_a_run_leaves_what_is_promised(finished):
     best = max(log_of(finished, "validation")[:2], key=lambda v: v["val_spider_lite"])
     assert summary["stages"]["xe"]["best"] == best["val_spider_lite"]
     assert summary["stages"]["xe"]["best_step"] in (4, 8)
-
-
-def test_beside_another_branch(world, finished, tmp_path):
-    """Beside a closed one it is alone, to the bit; an open one acts at its own layers, whichever the new one's are."""
-    closed = tmp_path / "older"
-    shutil.copytree(finished, closed)
-    state = safetensors.torch.load_file(closed / "fusion.safetensors")
-    safetensors.torch.save_file({k: v * ("gate" not in k) for k, v in state.items()}, closed / "fusion.safetensors")
-    before = {p: p.read_bytes() for p in [*finished.glob("fusion.*"), *closed.glob("fusion.*")]}
-    runs = {"alone": [], "closed": ["--beside", closed], "open": ["--beside", finished, "--gate-init", "0"],
-            "higher": ["--beside", finished, "--gate-init", "0", "--layers", "5"]}
-    for name, more in runs.items():
-        run(world, tmp_path / name, "--dataset", "av", "--data", world / "data/av", "--modality", "video", "--encoder",
-            world / "models/timesformer", "--contrastive", "0", "--steps", "2", "--eval-every", "2", *more)
-    losses = {name: log_of(tmp_path / name, "step")[0]["xe"] for name in runs}
-    files = {name: (tmp_path / name / "fusion.safetensors").read_bytes() for name in runs}
-    assert losses["alone"] == losses["closed"] and files["alone"] == files["closed"]
-    # before the first step the new branch says nothing: what is seen is the older one at work, also below layer 5
-    assert losses["open"] == pytest.approx(losses["higher"], rel=1e-5)
-    assert abs(losses["open"] - losses["alone"]) > 1e-3 and files["open"] != files["alone"]
-    assert all(p.read_bytes() == old for p, old in before.items())
-    assert json.loads((tmp_path / "open/config.json").read_text())["beside"] == str(finished)
-    done = run(world, tmp_path / "third", "--beside", tmp_path / "open", check=False)
-    assert done.returncode == 2 and "not beside another run" in done.stderr
+    assert json.loads((finished / "config.json").read_text())["metric"] == "spider_lite"
 
 
 def test_questions_and_answers(world, tmp_path):
@@ -278,12 +346,13 @@ def test_questions_and_answers(world, tmp_path):
     # with gates that are closed at the start, the first loss is the backbone's own
     clips, backbone = data.read_split("av", root, "train").clips, data.load_backbone(str(world / "models/llava"), "cpu")
     nll = tokens = 0
-    for c, _ in train.Order([1] * 16, 0).step(0, 8):
-        prompt, _ = backbone.prompt(clips[c].question)
+    assert json.loads((out / "config.json").read_text())["metric"] == "accuracy"
+    for c, _ in train.data_order([1] * 16, 1, 8, seed=0)[0]:
+        prompt, *_ = backbone.encode(clips[c].question)
         answer = backbone.caption_ids(clips[c].question, clips[c].references[0])
         with torch.no_grad():
             logits = backbone.llava(input_ids=torch.tensor([prompt + answer])).logits[:, len(prompt) - 1:-1]
-        nll -= evaluate.token_logprobs(logits, torch.tensor([answer])).sum().item()
+        nll -= logits[0].log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum().item()
         tokens += len(answer)
     assert log_of(out, "step")[0]["xe"] == pytest.approx(nll / tokens, rel=1e-4)
     evaluate.main(["caption", str(out), "--beams", "1"])
@@ -297,10 +366,9 @@ def test_questions_and_answers(world, tmp_path):
 def test_an_older_run_that_does_not_fit_is_refused(world, finished, tmp_path):
     done = run(world, tmp_path / "run", "--init", finished, "--layers", "6", check=False)
     assert done.returncode == 2 and f"--init {finished}: its system, layers or sizes" in done.stderr
-    done = run(world, tmp_path / "run", "--beside", finished, check=False)
-    assert done.returncode == 2 and "not for audio" in done.stderr and "Traceback" not in done.stderr
-    done = run(world, tmp_path / "run", "--beside", finished, "--scst", "auto", check=False)
-    assert done.returncode == 2 and "--scst off" in done.stderr
+    done = run(world, tmp_path / "run", "--init", tmp_path / "nowhere", check=False)
+    assert done.returncode == 2 and "no such file" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_killed_run_ends_in_the_same_bytes(world, tmp_path):
@@ -404,30 +472,94 @@ def test_a_finished_run_is_skipped_and_a_changed_flag_is_named(world, finished):
     assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
 
 
-def test_reranked_validations_after_stable_and_scst_now(world, finished, tmp_path):
-    """--scst now goes on from a finished XE run, or from an unfinished one, and is refused where there is none."""
-    out = tmp_path / "run"
-    now = ["--scst", "now", "--scst-steps", "4", "--scst-lr", "1e-6"]
-    done = run(world, out, *now, check=False)
-    assert done.returncode == 2 and "no run" in done.stderr and not out.exists()
-    run(world, out, "--patience", "1", "--steps", "12")
+def test_reranked_validations_after_stable_and_scst_alone(world, finished, tmp_path):
+    """--init RUN --steps 0 --scst auto: SCST of an older run's checkpoint, which is there as it was."""
+    xe, out = tmp_path / "xe", tmp_path / "run"
+    run(world, xe, "--patience", "1", "--steps", "12")
     with pytest.raises(data.InputError, match="has not finished"):
-        evaluate.open_run(out / "scst", "cpu")
-    xe, lines = (out / "fusion.safetensors").read_bytes(), (out / "log.jsonl").read_text()
-    refused = run(world, out, "--patience", "1", "--steps", "12", "--scst", "auto", check=False)
+        evaluate.open_run(xe / "scst", "cpu")
+    before = {p: p.read_bytes() for p in xe.rglob("*") if p.is_file()}
+    refused = run(world, xe, "--patience", "1", "--steps", "12", "--scst", "auto", check=False)
     assert refused.returncode == 2 and "--scst off, not auto" in refused.stderr
-    run(world, out, "--patience", "1", "--steps", "12", *now)
-    assert (out / "fusion.safetensors").read_bytes() == xe and (out / "scst/fusion.safetensors").exists()
-    assert (out / "log.jsonl").read_text().startswith(lines)
+    alone = ["--init", xe, "--steps", "0", *SCST]
+    done = run(world, out, *alone[2:], check=False)
+    assert done.returncode == 2 and "--steps 0 needs --init RUN" in done.stderr and not out.exists()
+    assert done.stderr.count("error") == 1 and "Traceback" not in done.stderr
+    run(world, out, *alone)
+    for name in ("fusion.safetensors", "fusion.json"):
+        assert (out / name).read_bytes() == before[xe / name], name
+    assert (out / "scst/fusion.safetensors").read_bytes() != before[xe / "fusion.safetensors"]
+    assert before == {p: p.read_bytes() for p in xe.rglob("*") if p.is_file()}
+    assert {line["stage"] for line in log_of(out, "step")} == {"scst"}
     stages = json.loads((out / "training.json").read_text())["stages"]
-    assert set(stages) == {"xe", "scst"} and json.loads((out / "config.json").read_text())["scst"] == "now"
-    assert "finished already" in run(world, out, "--patience", "1", "--steps", "12", *now).stdout
-    done = run(world, out, "--patience", "1", "--steps", "12", *now, "--scst-lr", "1e-5", check=False)
+    assert set(stages) == {"xe", "scst"} and stages["xe"]["steps"] == 0
+    best = json.loads((xe / "training.json").read_text())["best"]  # of this checkpoint, validated once more
+    for name in ("val_spider_lite", "val_cider_d", "val_words", "example"):
+        assert stages["xe"]["scores"][name] == best[name]
+    assert "finished already" in run(world, out, *alone).stdout
+    done = run(world, out, *alone, "--scst-lr", "1e-5", check=False)
     assert done.returncode == 2 and "--scst-lr 1e-06, not 1e-05" in done.stderr
-    for v in log_of(out, "validation") + log_of(finished, "validation"):
+    for v in log_of(out, "validation") + log_of(finished, "validation") + log_of(xe, "validation"):
         assert ("val_reranked" in v) is (v["stage"] == "scst"), v    # in these short runs XE ends where it is stable
         if v["stage"] == "scst":
             assert v["val_oracle"] >= max(v["val_reranked"], v["val_spider_lite"])
+
+
+def test_the_metric_is_chosen_once(world, finished, tmp_path, monkeypatch):
+    """A SPICE that is installed while a run waits to go on changes nothing in it."""
+    process = forked(world, tmp_path / "run", *SCST, last='"step": 4')
+    process.join(300)
+    monkeypatch.setattr(evaluate, "spice_installed", lambda: True)
+    monkeypatch.setattr(evaluate, "spice", lambda *given: pytest.fail("this run is not selected by SPIDEr"))
+    run(world, tmp_path / "run", *SCST)
+    same_weights(tmp_path / "run", finished)
+    assert json.loads((tmp_path / "run/config.json").read_text())["metric"] == "spider_lite"
+    assert not any("val_spider" in line for line in log_of(tmp_path / "run", "validation"))
+    monkeypatch.setattr(evaluate, "spice", lambda hypotheses, references: [0.5] * len(hypotheses))
+    run(world, tmp_path / "new", "--steps", "2", "--eval-every", "2")    # a run that begins now
+    (line,) = log_of(tmp_path / "new", "validation")
+    assert line["val_spider"] == pytest.approx((line["val_cider_d"] + 0.5) / 2)
+    summary = json.loads((tmp_path / "new/training.json").read_text())
+    assert summary["stages"]["xe"]["best"] == line["val_spider"]
+    assert json.loads((tmp_path / "new/config.json").read_text())["metric"] == "spider"
+
+
+def test_a_run_that_spider_selects_needs_spice(world, finished, tmp_path):
+    """One line when it goes on, and when its candidates are compared."""
+    begun, done = tmp_path / "begun", tmp_path / "done"
+    begun.mkdir()
+    shutil.copytree(finished, done)
+    config = json.loads((finished / "config.json").read_text()) | {"metric": "spider"}
+    (done / "config.json").write_text(json.dumps(config))
+    (begun / "config.json").write_text(json.dumps(config | {"scst": "off", "scst_steps": 500, "scst_lr": 1e-5}))
+    if evaluate.spice_installed():
+        pytest.skip("SPICE is installed")
+    told = run(world, begun, check=False)
+    assert told.returncode == 2 and "SPICE is not installed" in told.stderr and "Traceback" not in told.stderr
+    assert told.stderr.count("error: ") == 1 and not (begun / "fusion.safetensors").exists()
+    assert not log_of(begun, "step")  # before any step is paid for
+    with pytest.raises(data.InputError, match="SPICE is not installed"):
+        evaluate.main(["robustness", str(done), "--snr", "0", "--noise", "white"])
+
+
+@pytest.mark.parametrize("name", ["scst", "val", "rerank"])
+def test_a_folders_name_decides_nothing(world, tmp_path, name):
+    """Runs that are called as the folders in a run are trained and captioned, with a seed as `date +%s` gives them."""
+    out, more = tmp_path / "core" / name, ["--seed", "1753833600", "--steps", "2", "--eval-every", "2"]
+    if name == "scst":
+        more += ["--scst", "auto", "--scst-steps", "2", "--scst-lr", "1e-6", "--keep", "1",
+                 "--keep-qa", world / "data/qa/train.json"]
+    run(world, out, *more)
+    assert "finished already" in run(world, out, *more).stdout
+    runs = [out, out / "scst"] if name == "scst" else [out]
+    evaluate.main(["caption", *map(str, runs), "--beams", "1"])
+    for folder in runs:
+        opened = evaluate.open_run(folder, "cpu")
+        assert opened.folder == folder and opened.home == out and opened.stage == ("xe" if folder == out else "scst")
+        result = json.loads((folder / "result.json").read_text())
+        assert result["name"] == name and result["n"] == 32 and result["seed"] == 1753833600
+    evaluate.main(["caption", str(out), "--beams", "1", "--split", "val"])
+    assert json.loads((out / "val/result.json").read_text())["split"] == "val"
 
 
 def test_an_absurd_rate_trips_the_guard_and_leaves_xe_alone(world, finished, tmp_path):
@@ -447,7 +579,7 @@ def test_what_is_not_finite_is_named(world, tmp_path, monkeypatch):
         return frames * float("nan") if self.ids[i] == culprit else frames
 
     split = data.read_split("audiocaps", world / "data/audiocaps", "train")
-    culprit = split.clips[train.Order([1] * len(split.clips), 0).step(5, 8)[0][0]].id
+    culprit = split.clips[train.data_order([1] * len(split.clips), 6, 8, seed=0)[5][0][0]].id
     monkeypatch.setattr(data.Features, "__getitem__", poisoned)
     with pytest.raises(train.NotFinite) as e:
         train.main([str(f) for f in flags(world, tmp_path / "nan")])
@@ -463,9 +595,7 @@ def test_a_run_is_used_from_another_folder(world, tmp_path, monkeypatch):
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["data"] == "data/audiocaps" and config["folder"] == str(world)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run/first_beam").mkdir()  # of an earlier decoding
     evaluate.main(["caption", "run", "--beams", "1"])
-    assert not (tmp_path / "run/first_beam").exists()
     assert json.loads((tmp_path / "run/result.json").read_text())["n"] == 32
     (tmp_path / "data").mkdir()
     (tmp_path / "data/audiocaps").mkdir()                         # here, and empty: it is the one that is meant
@@ -476,7 +606,7 @@ def test_a_run_is_used_from_another_folder(world, tmp_path, monkeypatch):
 def test_logits_in_slices(world, tmp_path, monkeypatch):
     """The same losses as with all logits at once."""
     run(world, tmp_path / "whole")
-    monkeypatch.setattr(train, "LOGITS_IN_MEMORY", 1 << 14)
+    monkeypatch.setattr(evaluate, "LOGITS_IN_MEMORY", 1 << 14)
     run(world, tmp_path / "sliced")
     for a, b in zip(*(log_of(tmp_path / name, "step") for name in ("whole", "sliced")), strict=True):
         assert a["xe"] == pytest.approx(b["xe"], rel=1e-5) and a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
@@ -488,7 +618,9 @@ def test_logits_in_slices(world, tmp_path, monkeypatch):
     (["--scst", "auto", "--scst-samples", "1"], "at least 2"), (["--batch-size", "9"], "multiple of --micro-batch"),
     (["--fusion", "magic"], "invalid choice"), (["--device", "gpu"], "'gpu' cannot be used here"),
     (["--device", "cuda:7"], "'cuda:7' cannot be used here"), (["--scst-micro-batch", "3"], "--scst-micro-batch 3"),
-    (["--out", __file__], "is a file")])
+    (["--out", __file__], "is a file"), (["--steps", "0", "--scst", "auto"], "--steps 0 needs --init RUN"),
+    (["--seed", "-1"], "--seed must be at least 0"), (["--seed", str(2 ** 31)], f"--seed {2 ** 31} must be below"),
+    (["--steps", "-1"], "--steps must be at least 0")])
 def test_mistakes_are_one_line(world, tmp_path, more, message):
     done = run(world, tmp_path / "run", *more, check=False)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
