@@ -1018,8 +1018,9 @@ class ClapEncoder(AudioEncoder):
 class WhisperEncoder(AudioEncoder):
     """Whisper's encoder at its first positions: windows of 10 s, 6.25 frames a second.
 
-    It was trained on windows of 30 s, filled with silence. The ten seconds alone cost a third of that or less,
-    and tell recorded sounds apart as well: TODO."""
+    It was trained on windows of 30 s, filled with silence. Of tiny.en such a window costs .47 s on one thread and
+    ten seconds alone .14 s, and they hear as well: a linear probe of a clip's mean and deviation names 90.3%
+    and 90.6% of ESC-10's recordings."""
     SECONDS, POOL = 10, 8
 
     def __init__(self, path, device="cpu"):
@@ -1370,7 +1371,8 @@ def _prepare_ahead(clips, listener, pool):
 def _write_features(path, split, jobs, encode, dtype):
     """Encode a split into a cache file. While the model runs, threads prepare the next clips.
 
-    jobs: as _prepare_ahead yields them. Frames go to an unnamed file as they come, so that memory does not grow with the split."""
+    jobs: as _prepare_ahead yields them. Frames go to an unnamed file as they come, so that memory does not grow
+    with the split."""
     lengths, ids, bad = [0], [], {}
     with tempfile.TemporaryFile(dir=path.parent) as file:
         with tqdm(total=len(split.clips), desc=path.name.rpartition("_")[0], disable=None) as bar:

@@ -166,6 +166,7 @@ def nucleus(logits, p):
 
 def lengths(new, eos):
     """Of tokens (B, T): how many to the end token, with it, and whether it is there: (B,)."""
+    # what follows the first end token is padding, whatever its id
     ended = (new == eos).any(1)
     return torch.where(ended, (new == eos).int().argmax(1) + 1, new.shape[1]), ended
 
@@ -176,6 +177,7 @@ def token_logprobs(hidden, tokens, lm_head):
     Where the logits (A, V) would take more than LOGITS_IN_MEMORY bytes they are made in slices,
     and for a gradient made again in backward.
     """
+    # 4 bytes a logit: 32,000 to 150,000 words make a long row
     size = max(1, LOGITS_IN_MEMORY // (4 * lm_head.out_features))
     if len(tokens) <= size:
         return _logprobs(hidden, tokens, lm_head)
@@ -298,6 +300,7 @@ def tokenise(captions):
 
 def tokenise_pairs(hypotheses, references):
     """Both tokenised, in one call of Java. references: a list of texts for each hypothesis."""
+    # all at once; what follows reads the memory of the first call
     tokenise(list(itertools.chain(hypotheses, *references)))
     return tokenise(hypotheses), [tokenise(texts) for texts in references]
 
@@ -364,6 +367,7 @@ def spice(hypotheses, references):
     if not spice_installed():
         raise InputError("this run was selected by SPIDEr, and SPICE is not installed: "
                          "`python evaluate.py install-spice` fetches it")
+    # CoreNLP opens what Java has closed since; SPICE finds its Java on the PATH
     packages = ("lang", "math", "util", "util.concurrent", "net", "text")
     os.environ["JDK_JAVA_OPTIONS"] = " ".join(  # CoreNLP 3.6.0 is older than Java's modules
         f"--add-opens=java.base/java.{p}=ALL-UNNAMED" for p in packages)
@@ -495,6 +499,7 @@ def fense(captions, references):
     """
     models = fense_folder(), data.default_device()
     encoder, detector = fense_models(*models)
+    # the references of a split are the same for every run of it
     others = fense_references(*models, tuple(itertools.chain(*references)))
     others = others.split([len(texts) for texts in references])
     similarity = [float((o @ own).mean()) for own, o in zip(encoder(captions), others)]
@@ -702,6 +707,7 @@ def rerank(folder, reranker, metric):
                              f"{', '.join(CRITERIA)}; run `evaluate.py caption RUN --rerank` first")
     weights = [*reranker["weights"].values()]
     best = list(map(np.argmax, selection_values(candidates, clips, metric)))
+    # what bounds the choice, and what shows that it listens: both say how much reranking can mean
     report = {"reranker": reranker, "diversity": diversity(candidates)}
     for name, picks in ("oracle", best), ("other_clip", choose(candidates, weights, "clap_other")):
         report[name] = score(make_items(clips, take(candidates, picks)), select=metric)["corpus"]
@@ -847,6 +853,7 @@ def _caption(run, others, hear, args):
         add_criteria(candidates, *judge)
     captions = first_of(candidates)
     scored, statistics = score(make_items(clips, captions, candidates)), caption_statistics(captions)
+    # what tables need stands in one file, so that plots.py reads no model
     training = read_json(run.home / "training.json")
     result = {
         "name": config["name"], "system": config["fusion"], "seed": config["seed"],
@@ -962,6 +969,7 @@ def find_reranker(run, decoding, args):
     candidates = decode(run.backbone, attached([run], inputs.frames), inputs.prompts, **options,
                         batch_size=args.batch_size, progress=f"validation: {run.folder.name}")
     add_criteria(candidates, *data.judge_of(run.config, inputs.split, args.device))
+    # 21 combinations on a few hundred clips: too few to learn the split by heart
     values = selection_values(candidates, inputs.split.clips, run.metric)
     weights = fit_weights(candidates, values)
     reranked = take(values, choose(candidates, weights))
@@ -1004,6 +1012,7 @@ def run_card(run, others, inputs, training, options, args):
 
 def seconds_to_fraction(run, fraction=0.9):
     """Training seconds, from XE's start, to this fraction of the stage's best validation."""
+    # of the stage's own best: a baseline that learns little is not punished for it
     rows, final = [], None
     key = f"val_{run.config.get('metric', 'spider_lite')}"
     for line in read_json(run.home / "log.jsonl"):
@@ -1189,6 +1198,7 @@ def retention_answers(runs, probe, unrelated, encoders, seed):
 def retention(run, others, args):
     """What the backbone can still do: retention.json; every answer in retention_items.json."""
     runs, out = [run, *others], results_folder(run, others)
+    # questions that training was to keep would show nothing
     probe, digest, untouched = load_probe(args.qa, args.images, args.limit_questions, run.backbone,
                                           args.batch_size)
     for r in runs:
@@ -1207,6 +1217,7 @@ def retention(run, others, args):
                       "image": str(q.image), "clip": inputs.split.clips[k].id})
     conditions = {}
     for condition, rows in answers.items():
+        # loss and agreement against the untouched backbone, question by question: their intervals are paired
         values, by_kind = {"accuracy": [], "loss": [], "nll": [], "agreement": []}, {}
         for q, item, row, before in zip(probe.questions, items, rows, untouched):
             item[condition] = row
@@ -1258,6 +1269,7 @@ def robustness(run, others, args):
         raise InputError(f"{run.folder}: has no audio that noise could be mixed into")
     inputs = data.load_inputs([r.config for r in runs], "test", args.device)
     paths = tuple(clip.path for clip in inputs.split.clips)
+    # greedy: what is compared is one clip with and without noise, not one decoding with another
     clean = greedy_scores(runs, inputs, args)
     result = {"n": len(paths), "seed": args.seed, "clean": clean, "noise": {}}
     print(f"{run.folder}: n {len(paths)}\n{'clean':>12s}  {in_a_line(clean)}")
@@ -1326,8 +1338,10 @@ def describe_file(run, file, others=(), question=None, image=None, every=None, b
         if rerank:
             weights = read_json(run.folder / "rerank/reranker.json", "; `caption RUN --rerank` fits one")
             clap = data.clap_of(run.config, str(backbone.device), "--rerank")
-            waves = cut(data.decode_audio(file, clap.rate, LONG if every else data.MAX_SECONDS), clap.rate, every)
-            add_criteria(candidates, clap.embed_sounds(waves[1]), clap)
+            wave, waves = data.decode_audio(file, clap.rate, LONG if every else data.MAX_SECONDS), []
+            for start, end in spans:  # CLAP's windows are those of the encoder, whose rate may be another
+                waves.append(wave if start is None else wave[int(start * clap.rate):int(end * clap.rate)])
+            add_criteria(candidates, clap.embed_sounds(waves), clap)
             picks = choose(candidates, [*weights["weights"].values()])
         texts = texts_of(take(candidates, picks))
     return [{"file": str(file or ""), "start": start, "end": end, "caption": text}
@@ -1377,6 +1391,7 @@ def describe_files(run, others, args):
             continue
         joined = []
         for row in found:  # neighbours with the same caption are one line
+            # a sound that goes on is one sound
             if joined and joined[-1]["caption"] == row["caption"]:
                 joined[-1]["end"] = row["end"]
             else:
@@ -1535,7 +1550,8 @@ def score_again(args):
         files = sorted(path.rglob("predictions.json"))
         if not files:
             raise InputError(f"{path}: holds no predictions.json; run `evaluate.py caption` first")
-        for file in files:  # also of its rerank/, scst/, val/
+        # also those of its rerank/, scst/, val/
+        for file in files:
             result = read_json(file.parent / "result.json", "; caption that run again")
             scored = score(read_predictions(file))
             write_results(file.parent, predictions=scored["items"], result=result | scored["corpus"])

@@ -37,7 +37,8 @@ DRY=${DRY:-0}                    # 1: print the commands, run nothing
 MEMORY=${MEMORY:-80}             # GB of a GPU at SCALE=full: 80, or 24, too little for unfreeze; tests/README.md has the table
 TOLERANCE=${TOLERANCE:-}         # percentage points that video may cost; empty: 0.5
 # EXP: runs, tables and figures; empty: experiments/SCALE
-# AUDIOCAPS CLOTHO AV QA KEEP_QA LLAVA CLAP TIMESFORMER: other data and models than the scale's, below.
+# AUDIOCAPS CLOTHO AV QA KEEP_QA LLAVA CLAP TIMESFORMER: other data and models than the scale's, below. ENCODER: who
+# listens, by default the CLAP that also stands behind the contrastive term and the reranker.
 # CLOTHO=, AV=, KEEP_QA= or QA= (empty) leaves out what needs it
 
 # All are checked here and nowhere else: a knob means what it says, or is refused before anything is made.
@@ -162,6 +163,7 @@ if [ "$SMOKE" = 1 ]; then
     SHORT=$TRAIN; TRAIN_CLOTHO=$TRAIN; VIDEO=$TRAIN; PROBE=20; SNR="10 -5"
     OVERFIT="--limit-clips 32 --batch-size 16 --micro-batch 16 --steps 30 --eval-every 15"
 fi
+ENCODER=${ENCODER:-$CLAP}
 [ -n "$QA" ] || KEEP_QA=         # what keep is worth, only the probe can tell
 SIZE="--layers $LAYERS --tokens $TOKENS --hidden $HIDDEN"
 CAPTION_TEST="--split test --beams 5"
@@ -191,6 +193,7 @@ look_at_inputs() {
     look AV av 3
     look LLAVA model 0 1 2 3 5
     look CLAP model 0 1 2 3 5
+    look ENCODER model 0 1 2 3 5
     [ -z "$AV" ] || look TIMESFORMER model 3
 }
 # A table that cannot be read would show only when its phase begins, days later at full scale.
@@ -381,7 +384,11 @@ refuse_other_inputs() {   # walks all phases in printing, before the first job
 start_training() {   # start_training PHASE/NAME flags...
     local name=$1 start=("$PYTHON" train.py); shift
     [ "$NPROC" -gt 1 ] && start=("$PYTHON" -m torch.distributed.run --standalone "--nproc-per-node=$NPROC" train.py)
-    [[ " $* " == *" --encoder "* ]] || set -- "$@" --encoder "$CLAP"
+    if [[ " $* " != *" --encoder "* ]]; then
+        set -- "$@" --encoder "$ENCODER"
+        # who listens need not be who judges
+        [ "$ENCODER" = "$CLAP" ] || set -- "$@" --clap "$CLAP"
+    fi
     job "$name" "$EXP/$name/training.json" "${start[@]}" "$@" --llava "$LLAVA" --cache "$EXP/cache" --out "$EXP/$name"
 }
 train_seeds() {   # train_seeds PHASE/NAME SYSTEM DATASET FOLDER flags...: a run a seed, with core's settings
