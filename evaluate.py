@@ -362,11 +362,16 @@ def _by_id(hypotheses, references):
     return gts, res
 
 
-def spice(hypotheses, references):
-    from pycocoevalcap.spice.spice import Spice
+def need_spice():
+    """Raises InputError where SPICE is not installed."""
     if not spice_installed():
         raise InputError("this run was selected by SPIDEr, and SPICE is not installed: "
                          "`python evaluate.py install-spice` fetches it")
+
+
+def spice(hypotheses, references):
+    from pycocoevalcap.spice.spice import Spice
+    need_spice()
     # CoreNLP opens what Java has closed since; SPICE finds its Java on the PATH
     packages = ("lang", "math", "util", "util.concurrent", "net", "text")
     os.environ["JDK_JAVA_OPTIONS"] = " ".join(  # CoreNLP 3.6.0 is older than Java's modules
@@ -691,13 +696,8 @@ def diversity(candidates):
             "distinct_1": float(np.mean(distinct_1)), "distinct_2": float(np.mean(distinct_2))}
 
 
-def rerank(folder, reranker, metric):
-    """Choose among the candidates that `caption --rerank` left in a folder: FOLDER/rerank.
-
-    reranker: {"weights": {criterion: weight}, ...}. "oracle" is SPIDEr-max, the best by the
-    references. "other_clip": chosen by another clip's cosine, a control.
-    """
-    # read from the file even just after decoding: a choice can be made again without a model
+def read_candidates(folder):
+    """(items, candidates, clips) of predictions.json. Raises InputError where --rerank did not make it."""
     items, candidates, clips = read_predictions(folder / "predictions.json"), [], []
     for item in items:
         candidates.append(item.get("candidates") or [{}])
@@ -705,6 +705,17 @@ def rerank(folder, reranker, metric):
         if not {*CRITERIA, "clap_other", "text"} <= candidates[-1][0].keys():
             raise InputError(f"{folder / 'predictions.json'}: its candidates lack "
                              f"{', '.join(CRITERIA)}; run `evaluate.py caption RUN --rerank` first")
+    return items, candidates, clips
+
+
+def rerank(folder, reranker, metric):
+    """Choose among the candidates that `caption --rerank` left in a folder: FOLDER/rerank.
+
+    reranker: {"weights": {criterion: weight}, ...}. "oracle" is SPIDEr-max, the best by the
+    references. "other_clip": chosen by another clip's cosine, a control.
+    """
+    # read from the file even just after decoding: a choice can be made again without a model
+    items, candidates, clips = read_candidates(folder)
     weights = [*reranker["weights"].values()]
     best = list(map(np.argmax, selection_values(candidates, clips, metric)))
     # what bounds the choice, and what shows that it listens: both say how much reranking can mean
@@ -753,7 +764,7 @@ class Run:
     @property
     def name(self):
         """As the folders of results say what a run was attached to."""
-        return self.home.name + ("_scst" if self.stage == "scst" else "")
+        return name_of(self.folder)
 
 
 def candidate_metric(config):
@@ -762,13 +773,25 @@ def candidate_metric(config):
     return "spider_lite" if metric == "accuracy" else metric
 
 
-def open_run(folder, device=None, dtype="auto"):
-    """The Run in a folder. Raises InputError where it is none, or not finished."""
-    folder, device = Path(folder), device or data.default_device()
+def home_of(folder):
+    """The folder with config.json of a run, or of its scst/. Raises InputError for no run."""
     # SCST's checkpoint lies in a folder of its run, which has the config
     home = folder if (folder / "config.json").exists() else folder.parent
     if not (home / "config.json").exists():
         raise InputError(f"{folder}: not a run folder (no config.json); train.py --out makes one")
+    return home
+
+
+def name_of(folder):
+    """A run's name, of its scst/ with that at the end."""
+    home = home_of(folder)
+    return home.name + ("_scst" if home != folder else "")
+
+
+def open_run(folder, device=None, dtype="auto"):
+    """The Run in a folder. Raises InputError where it is none, or not finished."""
+    folder, device = Path(folder), device or data.default_device()
+    home = home_of(folder)
     config = read_json(home / "config.json")
     # a folder's name decides nothing: a run may be called scst
     stage, training = "xe" if home == folder else "scst", home / "training.json"
@@ -1033,8 +1056,8 @@ def hardware(device):
 def rerank_runs(args):
     """RUN/rerank again: other weights on the candidates that `caption --rerank` kept, in seconds."""
     for folder in map(Path, args.runs):
-        home = folder if (folder / "config.json").exists() else folder.parent
-        metric = candidate_metric(read_json(home / "config.json", "; not a run folder"))
+        metric = candidate_metric(read_json(home_of(folder) / "config.json"))
+        read_candidates(folder)  # before anything is decoded on validation
         if args.weights:
             reranker = {"weights": dict(zip(CRITERIA, args.weights))}
         else:
@@ -1315,6 +1338,8 @@ def describe_file(run, file, others=(), question=None, image=None, every=None, b
     seconds, whose start and end are told; else the file is one clip. file: None for no sound.
     """
     backbone, question = run.backbone, question or run.config["prompt"]
+    if rerank and (others or image or run.config["modality"] != "audio"):
+        raise InputError(f"{run.folder}: --rerank needs a run with audio, without --with and --image")
     runs, heard, reasons = [], [], []
     for r in [run, *others] if file else []:
         try:
@@ -1440,13 +1465,13 @@ def decide(args):
     hint = "; run `evaluate.py caption --hear unrelated` and `retention` --with it first"
     metric = candidate_metric(read_json(first / "config.json", hint))
     for folder in map(Path, args.runs):
-        beside = first / f"with_{folder.name}"
+        beside = first / f"with_{name_of(folder)}"
         own, result = read_json(folder / "config.json", hint), read_json(folder / "result.json", hint)
         # alone, then with the other: what is paired is a question or a clip
-        answers = [[right(item) for item in read_json(place / "retention_items.json", hint)]
-                   for place in (first, beside)]
-        captions = [[item["scores"][metric] for item in read_json(place / "predictions.json", hint)]
-                    for place in (first, beside / "unrelated")]
+        answers = [list(map(right, items)) for items in paired(first, beside, "retention_items.json", hint)]
+        captions = []
+        for items in paired(first, beside / "unrelated", "predictions.json", hint):
+            captions.append([item["scores"][metric] for item in items])
         conditions = read_json(beside / "retention.json", hint)["conditions"]
         clean = conditions["no_clip"]["identical"] and conditions["nothing_attached"]["identical"]
         points, within = {}, clean
@@ -1467,6 +1492,15 @@ def decide(args):
                           "decision": "keep" if within else "raise keep"})
     if not within:
         sys.exit(3)
+
+
+def paired(first, second, name, hint):
+    """What a file holds in two folders. Raises InputError where it is not about the same items."""
+    one, two = read_json(first / name, hint), read_json(second / name, hint)
+    if [item["id"] for item in one] != [item["id"] for item in two]:
+        raise InputError(f"{second / name}: is about other clips or questions than {first / name}; make both "
+                         "again with the same data, --limit-questions and --seed")
+    return one, two
 
 
 def right(item):

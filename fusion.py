@@ -512,8 +512,12 @@ def attach_branches(decoder, branches, clips, slots=None):
     are one model, in whatever order they are given.
     """
     device = next(decoder.parameters()).device
+    if sum(branch.fusion.spec.system == "unfreeze" for branch in branches) > 1:
+        raise FusionError("two unfreeze runs cannot be attached together: both replace the same blocks")
     with ExitStack() as stack:
-        for branch in sorted(branches, key=lambda b: (b.fusion.spec.modality, b.name)):
+        # unfreeze first: it replaces blocks, and what acts on the old ones would be lost
+        for branch in sorted(branches, key=lambda b: (
+                b.fusion.spec.system != "unfreeze", b.fusion.spec.modality, b.name)):
             frames = mask = None
             if branch.frames is not None:
                 padded = pad_frames([branch.frames[i] for i in clips])

@@ -488,13 +488,19 @@ CLIPS, SILENCE = 0.7, 0.15  # what is attached beside a question: other clips, s
 KEPT_POSITIONS = 80  # of a question where as many questions as captions fit a pass
 
 
-def answers_to_keep(model, args):
-    """The backbone's own Answers to --keep-qa. Raises InputError for the run's own prompt among them."""
+def check_kept(args):
+    """Raises InputError for questions to keep that are in the probe, or that are the run's own prompt."""
+    data.check_apart(args.keep_qa, data.read_qa(args.probe)[0] if args.probe else [])
     questions = data.read_kept(args.keep_qa)
     own = [q.id for q in questions if q.image is None and q.question == args.prompt]
     if own:
         raise InputError(f"{args.keep_qa}: {len(own)} of its questions, such as {own[0]}, are "
                          f"{args.prompt!r}, which this run is to learn; take them out")
+
+
+def answers_to_keep(model, args):
+    """The backbone's own Answers to --keep-qa."""
+    questions = data.read_kept(args.keep_qa)
     texts = evaluate.own_answers(model.backbone, questions, args.cache)
     prompts = [(q.question, q.image) for q in questions]
     answers = [model.backbone.caption_ids(q.question, a) for q, a in zip(questions, texts)]
@@ -585,17 +591,19 @@ def git_commit():
         return None
 
 
-def read_config(out):
-    """What config.json of the run's folder holds; empty where there is none."""
-    path = out / "config.json"
+def read_own(path):
+    """What a JSON file of the run's folder holds; empty where there is none."""
     hint = "; remove the folder or choose another --out"
-    return dict(read_json(path, hint)) if path.exists() else {}
+    content = read_json(path, hint) if path.exists() else {}
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object{hint}")
+    return content
 
 
 def is_finished(args):
     """Is the run in --out finished? Raises InputError if it is another run."""
     out = Path(args.out)
-    old = read_config(out)
+    old = read_own(out / "config.json")
     for key, value in vars(args).items():
         may_differ = key in ("out", "cache", "device")
         # a flag that is newer than the run
@@ -603,7 +611,7 @@ def is_finished(args):
         if old and not may_differ and not off and old.get(key) != value:
             raise InputError(f"{out} holds a run with --{key.replace('_', '-')} {old.get(key)}, "
                              f"not {value}: choose another --out, or remove that folder")
-    finished = (out / "training.json").exists()
+    finished = "stages" in read_own(out / "training.json")
     if finished and RANK == 0:
         shutil.rmtree(out / "state", ignore_errors=True)
         print(f"{out}: finished already")
@@ -927,7 +935,7 @@ def main(argv=None):
     if splits[0].clips[0].question and args.scst != "off":
         raise InputError(f"{args.data}: has questions, and SCST is for captions: use --scst off")
     if args.keep:
-        data.check_apart(args.keep_qa, data.read_qa(args.probe)[0] if args.probe else [])
+        check_kept(args)
     if is_finished(args):
         return
     clap = None
@@ -951,13 +959,15 @@ def main(argv=None):
         dist.barrier()
     if is_finished(args):  # by the process that was waited for
         return
-    config = read_config(out)
+    config = read_own(out / "config.json")
     if not config:
         # chosen once: a SPICE that is installed later changes nothing in this run
         metric = "accuracy" if clips[0].question else evaluate.selection_metric()
         config = {**vars(args), "name": out.name, "folder": os.getcwd(), "metric": metric,
                   "git": git_commit(), "versions": data.versions()}
     args.metric = config.get("metric", "spider_lite")  # older runs do not say
+    if args.metric == "spider":
+        evaluate.need_spice()  # now, not when the first validation is to be scored
     learn = what_to_learn(model, clips, inputs, clap, args)
     progress, optimizer = start_or_resume(model, args)
     if RANK == 0:
