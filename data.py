@@ -912,7 +912,9 @@ def _each_window(prepared, model, device, batch_size):
 class AudioEncoder(Encoder):
     """What encoders of sound share: windows of .size samples, joined in time order.
 
-    A subclass makes (windows, ...) float32 of a list of windows in `inputs`, and (B, S, E) of a batch in `hear`."""
+    A subclass sets .rate and .size (samples of a window), makes (windows, ...) float32 of a list of windows in
+    `inputs`, where shorter ones are filled up to .size, and (B, S, E) of a batch in `hear`, without gradient, pooled
+    to at most ten frames a second: `_mean_of`. What it chooses itself, such as .size, goes into its hash."""
     modality = "audio"
 
     def prepare(self, wave):

@@ -112,7 +112,7 @@ def placeholders(branches):
     """How many placeholders a prompt needs: the tokens of concat, if it is given a clip."""
     tokens = 0
     for branch in branches:
-        if branch.fusion.spec.system == "concat" and branch.frames is not None:
+        if branch.fusion.overwrites_prompt and branch.frames is not None:
             if tokens:
                 raise InputError("two concat runs cannot be attached together: each would write "
                                  "its tokens over the other's placeholders")
@@ -1210,7 +1210,7 @@ def retention_answers(runs, probe, unrelated, encoders, seed):
                          ("silence", silence), ("noise", noise)):
         conditions[name] = attached(runs, frames)
     # last, so that anything left behind would show; unfreeze has a decoder of its own
-    unfreeze = list(filter(lambda r: r.fusion.spec.system == "unfreeze", runs))
+    unfreeze = list(filter(lambda r: r.fusion.replaces_blocks, runs))
     conditions["nothing_attached"] = attached(unfreeze, [None] * len(unfreeze))
     answers = {}
     for name, branches in conditions.items():

@@ -167,7 +167,11 @@ class Fusion(nn.Module):
       list, one row of each tensor for each row of h;
       self.gate, a ParameterDict by layer, empty without gates;
       self.null, likewise, if it attends: empty without null slots.
+    Its adapters have about 3 * D * R weights a layer, so that systems are compared at one size.
     """
+    attends = True            # with attention, which a null slot lets read nothing
+    overwrites_prompt = False  # at N placeholders, which a prompt must then have
+    replaces_blocks = False    # of the decoder, while it is attached
     has_gate = property(lambda self: len(self.gate) > 0)
 
     def __init__(self, spec, decoder):
@@ -368,6 +372,7 @@ class CrossAttention(Fusion):
 
 class Unfreeze(CrossAttention):
     """cross_attention, and copies of the top decoder blocks are trained in their place."""
+    replaces_blocks = True
 
     def __init__(self, spec, decoder):
         super().__init__(spec, decoder)
@@ -389,6 +394,7 @@ class Concat(Fusion):
     Layer 0 is the usual prefix, as LLaVA has it for images (Liu et al. 2023), and SLAM-AAC or
     Pengi for audio. `size` lets the tokens find the scale of the hidden states around them.
     """
+    attends, overwrites_prompt = False, True
 
     def __init__(self, spec, decoder):
         super().__init__(spec, decoder)
@@ -438,11 +444,11 @@ def build(system, decoder, *, encoder_width, layers, tokens=16, hidden=768, gate
     if not layers or layers[0] < 0 or layers[-1] >= depth:
         raise FusionError(f"--layers {' '.join(map(str, layers))}: this decoder has layers 0 to "
                           f"{depth - 1}")
-    if system == "unfreeze" and depth <= UNFREEZE_BLOCKS:
+    if SYSTEMS[system].replaces_blocks and depth <= UNFREEZE_BLOCKS:
         raise FusionError(f"unfreeze trains the top {UNFREEZE_BLOCKS} blocks, this decoder has "
                           f"{depth}")
-    if system == "concat" and null_slot:
-        raise FusionError("--null-slot: concat has no attention that could read nothing")
+    if null_slot and not SYSTEMS[system].attends:
+        raise FusionError(f"--null-slot: {system} has no attention that could read nothing")
     rank = max(64, backbone["width"] // 16)
     spec = Spec(system, layers, tokens, hidden, encoder_width, gate_init, rank, modality, backbone,
                 null_slot)
@@ -512,12 +518,12 @@ def attach_branches(decoder, branches, clips, slots=None):
     are one model, in whatever order they are given.
     """
     device = next(decoder.parameters()).device
-    if sum(branch.fusion.spec.system == "unfreeze" for branch in branches) > 1:
+    if sum(branch.fusion.replaces_blocks for branch in branches) > 1:
         raise FusionError("two unfreeze runs cannot be attached together: both replace the same blocks")
     with ExitStack() as stack:
         # unfreeze first: it replaces blocks, and what acts on the old ones would be lost
         for branch in sorted(branches, key=lambda b: (
-                b.fusion.spec.system != "unfreeze", b.fusion.spec.modality, b.name)):
+                not b.fusion.replaces_blocks, b.fusion.spec.modality, b.name)):
             frames = mask = None
             if branch.frames is not None:
                 padded = pad_frames([branch.frames[i] for i in clips])

@@ -174,7 +174,7 @@ class Model:
     @property
     def placeholders(self):
         """How many a prompt has: concat writes its N tokens over them."""
-        return self.fusion.spec.tokens if self.fusion.spec.system == "concat" else 0
+        return self.fusion.spec.tokens if self.fusion.overwrites_prompt else 0
 
     def trained(self):
         """All that has trainable weights."""

@@ -240,7 +240,7 @@ def test_an_unknown_type_or_modality_is_one_line(modality, other, folders, tmp_p
 
 
 class Wav2Vec2Encoder(data.AudioEncoder):
-    """The README's example of an encoder that is not in the table."""
+    """An encoder that is not in the table."""
 
     def __init__(self, path, device="cpu"):
         model, self.extractor, settings = data._pretrained(path, hf.Wav2Vec2Model, hf.Wav2Vec2FeatureExtractor)

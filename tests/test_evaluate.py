@@ -2,6 +2,7 @@
 import csv
 import errno
 import functools
+import io
 import json
 import os
 import shutil
@@ -945,6 +946,59 @@ def test_a_run_is_used_from_python(senses):
     captions = evaluate.describe(run, [clip.path for clip in inputs.split.clips[:4]], beams=1)
     assert captions == [clip[0]["text"] for clip in found]
     assert before == {p: p.stat().st_mtime_ns for p in (senses / "hears").rglob("*")}
+
+
+def test_a_sentence_for_each_file(senses, world, tmp_path, capsys, monkeypatch):
+    """A folder with two sounds, a broken one, a picture and a text; windows; a picture asked about; a video for two senses."""
+    from scipy.io import wavfile
+    folder, hears, sees = tmp_path / "media", str(senses / "hears"), str(senses / "sees")
+    folder.mkdir()
+    sounds = sorted((world / "data/audiocaps/audio").iterdir())[:2]
+    for path in sounds:
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "zz_broken.wav").write_bytes(b"RIFF" + b"\0" * 60)
+    (folder / "note.txt").write_text("no sound")
+    picture = sorted((world / "data/qa/images").iterdir())[0]
+    (folder / picture.name).write_bytes(picture.read_bytes())
+
+    def describe(*args, status=0):
+        try:
+            evaluate.main(["describe", *map(str, args), "--beams", "1", "--json", str(tmp_path / "d.json")])
+            assert status == 0
+        except SystemExit as e:
+            assert e.code == status
+        out, err = capsys.readouterr()
+        rows = read(tmp_path / "d.json")
+        lines = [line.split("\t") for line in out.splitlines()]
+        assert [line[-1] for line in lines] == [row["caption"] for row in rows]
+        return lines, rows, err
+
+    lines, rows, err = describe(hears, folder, status=2)
+    assert [row["file"] for row in rows] == [str(folder / path.name) for path in sounds]
+    assert "zz_broken.wav" in err and err.count("error:") == 1 and "note.txt" not in err
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{sounds[0]}\n\n"))
+    assert describe(hears, "-")[1][0]["caption"] == rows[0]["caption"]
+    # 25 s in windows of 10: neighbours with one caption are one line
+    rng = np.random.default_rng(0)
+    wavfile.write(tmp_path / "long.wav", 16000, rng.normal(scale=0.1, size=25 * 16000).astype(np.float32))
+    lines, rows, _ = describe(hears, tmp_path / "long.wav", "--every", "10")
+    assert (rows[0]["start"], rows[-1]["end"]) == (0, 25) and lines[0][1].startswith("0:00-")
+    assert all(a["end"] == b["start"] and a["caption"] != b["caption"] for a, b in zip(rows, rows[1:]))
+    # without a sound it is the backbone that answers, to the letter
+    backbone = data.load_backbone(str(world / "models/llava"), "cpu")
+    question = data.Question("", picture, "What is this?", "", "")
+    plain = evaluate.Probe(backbone, [question], 1).run(likelihood=False, max_new_tokens=evaluate.MAX_NEW_TOKENS)
+    _, rows, _ = describe(hears, "--image", picture, "--question", "What is this?")
+    assert rows == [{"file": "", "start": None, "end": None, "caption": plain[0]["answer"]}]
+    assert len(describe(hears, sounds[0], "--image", picture)[1]) == 1
+    film = next((world / "data/av/videos").glob("test_*"))
+    both = describe(hears, film, "--with", sees)[1][0]["caption"]
+    assert isinstance(both, str) and len(describe(sees, film)[1]) == 1
+    for args, message in (([sees, film, "--every", "5"], "--every cuts sound"), ([sees, sounds[0]], "has no video")):
+        assert message in describe(*args, status=2)[2]
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["describe", hears])
+    assert "needs a FILE" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- a person's mistakes
