@@ -764,7 +764,7 @@ class Run:
     @property
     def name(self):
         """As the folders of results say what a run was attached to."""
-        return name_of(self.folder)
+        return name_of(self.home, self.folder)
 
 
 def candidate_metric(config):
@@ -782,9 +782,8 @@ def home_of(folder):
     return home
 
 
-def name_of(folder):
+def name_of(home, folder):
     """A run's name, of its scst/ with that at the end."""
-    home = home_of(folder)
     return home.name + ("_scst" if home != folder else "")
 
 
@@ -1465,7 +1464,7 @@ def decide(args):
     hint = "; run `evaluate.py caption --hear unrelated` and `retention` --with it first"
     metric = candidate_metric(read_json(first / "config.json", hint))
     for folder in map(Path, args.runs):
-        beside = first / f"with_{name_of(folder)}"
+        beside = first / f"with_{name_of(home_of(folder), folder)}"
         own, result = read_json(folder / "config.json", hint), read_json(folder / "result.json", hint)
         # alone, then with the other: what is paired is a question or a clip
         answers = [list(map(right, items)) for items in paired(first, beside, "retention_items.json", hint)]

@@ -34,7 +34,7 @@ def built(world, tmp_path):
             world, tmp_path / "run", "--fusion", system, "--keep", "2", "--keep-qa", path))])
         split = data.read_split("audiocaps", args.data, "train")
         inputs = data.load_inputs([vars(args)], split, "cpu")
-        model = train.build_model(inputs, args)
+        model = train.build_model(inputs, data.clap_of(vars(args), "cpu", "the test"), args)
         if model.fusion.has_gate:
             model.fusion.set_gates(0.3)
         distractors = (inputs.frames[0], *evaluate.silence_and_noise(inputs.encoders[0], [args.seed, 1]))
@@ -162,7 +162,8 @@ def test_the_questions_of_other_senses_are_kept_and_the_runs_own_is_not(world, t
     opened = evaluate.open_run(out)
     args = train.parse_args([*map(str, flags(world, out, *asked(*[data.VIDEO_PROMPT] * 3, "What is two and two?")))])
     inputs = data.load_inputs([vars(args)], "train", "cpu")
-    kept = train.answers_to_keep(train.build_model(inputs, args), args)
+    clap = data.clap_of(vars(args), "cpu", "the test")
+    kept = train.answers_to_keep(train.build_model(inputs, clap, args), args)
     answers = evaluate.own_answers(opened.backbone, data.read_kept(prompts), args.cache)
     assert len(set(answers)) == 2 and [opened.backbone.text(a) for a in kept.answers] == answers
 

@@ -101,8 +101,8 @@ def test_the_archived_checkpoint_is_loaded_from_there(smoke, preloaded, tmp_path
 def test_appendix(smoke):
     report = (smoke / "REPORT.md").read_text()
     table = report.split("## Appendix: gates at the start")[1].split("\n## ")[0]
-    for value, place in (("0.0", "appendix/gate_0_s0"), ("0.01", "appendix/gate_0.01_s0"), ("0.05", "core/additive_s0"),
-                         ("0.2", "appendix/gate_0.2_s0"), ("1.0", "appendix/gate_1_s0")):
+    for value, place in (("0", "appendix/gate_0_s0"), ("0.01", "appendix/gate_0.01_s0"), ("0.05", "core/additive_s0"),
+                         ("0.2", "appendix/gate_0.2_s0"), ("1", "appendix/gate_1_s0")):
         assert f"| additive | {value} | 6 |" in table and place.rsplit("_s0")[0] in table
     for system in ("additive", "cross_attention", "concat"):
         noise = json.loads((smoke / f"core/{system}_s0/robustness.json").read_text())
@@ -427,7 +427,9 @@ def test_gpus_are_a_free_list(stubbed, monkeypatch, env, slots):
 @pytest.mark.parametrize("how, status", [
     (signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGQUIT, 131), (signal.SIGPIPE, 141)])
 def test_stopping_ends_every_descendant(stubbed, how, status):
-    seconds = f"987.{os.getpid()}"
+    if signal.getsignal(how) == signal.SIG_IGN and how != signal.SIGPIPE:
+        pytest.skip("these tests were started with this signal ignored, and a shell cannot trap what it finds ignored")
+    seconds = f"987.{os.getpid()}{how.value:02d}"
     process = stubbed(STUB_SLEEP=seconds)
     deadline = time.time() + 120
     while not calls(stubbed.folder) and time.time() < deadline:
