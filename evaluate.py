@@ -996,7 +996,7 @@ def find_reranker(run, decoding, args):
     weights = fit_weights(candidates, values)
     reranked = take(values, choose(candidates, weights))
     report = {**wanted, "weights": dict(zip(CRITERIA, weights)), "metric": run.metric,
-              "n": len(candidates), "first_beam": float(np.mean(first_of(values))),
+              "n": len(candidates), "before": float(np.mean(first_of(values))),
               "oracle": float(np.mean(list(map(np.max, values)))),
               "reranked": float(np.mean(reranked))}
     write_results(path.parent, reranker=report)

@@ -643,7 +643,7 @@ phase_4() {   # statistics, the folder to attach to a paper, the SCST checkpoint
         [ "$DRY" != 1 ] && [ ! -e "$run/scst/predictions.json" ] ||
             start_comparison "additive_scst_vs_xe_s$seed" "$run/scst" "$run"
         [ "$DRY" != 1 ] && [ ! -e "$run/rerank/predictions.json" ] ||
-            start_comparison "additive_reranked_vs_first_beam_s$seed" "$run/rerank" "$run"
+            start_comparison "additive_reranked_vs_before_s$seed" "$run/rerank" "$run"
     done
     drain
     [ "$DRY" = 1 ] || export_results

@@ -860,7 +860,7 @@ def test_rerank_ends_where_caption_rerank_does(senses, tmp_path, monkeypatch):
     result, fitted = read(home / "rerank/result.json"), read(home / "rerank/reranker.json")
     assert result["reranker"] == fitted and fitted["metric"] == "spider_lite" and {"oracle", "other_clip"} <= result.keys()
     assert result["oracle"]["spider_lite"] >= result["spider_lite"] and result["name"] == "hears"
-    assert fitted["oracle"] >= fitted["reranked"] >= fitted["first_beam"]
+    assert fitted["oracle"] >= fitted["reranked"] >= fitted["before"]
     monkeypatch.setattr(evaluate, "decode", lambda *given, **how: pytest.fail("nothing needs to be decoded"))
     evaluate.main(["rerank", str(home)])
     assert made == {p.name: p.read_bytes() for p in (home / "rerank").iterdir()}

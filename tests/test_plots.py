@@ -149,7 +149,7 @@ def study(folder):
         comparison(folder / f"statistics/additive_vs_{system}.json", 2, 2, LEVEL["additive"] - LEVEL[system], 0.05)
     for seed in (0, 1):
         comparison(folder / f"statistics/additive_scst_vs_xe_s{seed}.json", 1, 1, 0.01, 0.03)
-        comparison(folder / f"statistics/additive_reranked_vs_first_beam_s{seed}.json", 1, 1, 0.03, 0.01)
+        comparison(folder / f"statistics/additive_reranked_vs_before_s{seed}.json", 1, 1, 0.03, 0.01)
 
 
 @pytest.fixture(scope="module")
