@@ -1175,6 +1175,7 @@ ENCODERS = {"clap": ClapEncoder, "whisper": WhisperEncoder, "audio-spectrogram-t
             "timesformer": TimesformerEncoder, "videomae": VideoMAEEncoder, "vjepa2": VJEPA2Encoder}
 
 
+@functools.lru_cache(maxsize=None)  # a hub name is looked up over the network, and each validation asks
 def _model_type(path):
     """The `model_type` of a checkpoint, a folder or a hub name. Raises InputError."""
     from transformers import PreTrainedConfig

@@ -726,11 +726,11 @@ def rerank(folder, reranker, metric):
     scored, statistics = score(make_items(clips, captions)), caption_statistics(captions)
     card, result = read_json(folder / "run_card.json"), read_json(folder / "result.json")
     card["decoding"]["rerank"], card["clap"]["reranks"] = reranker, reranker.get("clap") or True
+    before = result[metric]
     result |= {**scored["corpus"], "mean_words": statistics["words"],
                "not_ended": statistics["not_ended"], **report}
     write_results(folder / "rerank", predictions=scored["items"], run_card=card, result=result)
-    shown = {"first beam": score(items, select=metric)["corpus"][metric],
-             "reranked": scored["corpus"][metric],
+    shown = {"first beam": before, "reranked": scored["corpus"][metric],
              "by another clip's sound": report["other_clip"][metric],
              "oracle": report["oracle"][metric]}
     print(f"{folder / 'rerank'}: n {len(items)}  {metric}: {in_a_line(shown)}")
@@ -767,9 +767,14 @@ class Run:
         return name_of(self.home, self.folder)
 
 
+def metric_of(config):
+    """The selection metric that a run chose when it began; runs older than that entry lack it."""
+    return config.get("metric", "spider_lite")
+
+
 def candidate_metric(config):
     """What tells a run's candidates apart: its selection metric, but for answers to questions."""
-    metric = config.get("metric", "spider_lite")  # runs older than this entry
+    metric = metric_of(config)
     return "spider_lite" if metric == "accuracy" else metric
 
 
@@ -1006,14 +1011,13 @@ def find_reranker(run, decoding, args):
 def run_card(run, others, inputs, training, options, args):
     """Where a result comes from: data, models, losses, decoding, cost, machine."""
     config, split = run.config, inputs.split
-    own, *rest = [{"path": e.path, "hash": e.hash} for e in inputs.encoders]
-    clap = data.clap_path(config)
+    encoder, clap = inputs.encoders[0], data.clap_path(config)
     # who listened, trained and reranked: a judge that took part is not independent
     return {
         "dataset": {"name": config["dataset"], "split": args.split, "n": len(split.clips),
                     "hash": split.hash, "missing": split.missing, "bad": split.bad},
         "backbone": config["llava"], "dtype": str(run.backbone.llava.dtype).removeprefix("torch."),
-        "encoder": own,
+        "encoder": {"path": encoder.path, "hash": encoder.hash},
         "with": [{"run": str(other.folder), "encoder": other.config["encoder"]} for other in others],
         "clap": {"listens": clap if clap == config["encoder"] else None,
                  "trains": clap if config["contrastive"] else None,
@@ -1036,7 +1040,7 @@ def seconds_to_fraction(run, fraction=0.9):
     """Training seconds, from XE's start, to this fraction of the stage's best validation."""
     # of the stage's own best: a baseline that learns little is not punished for it
     rows, final = [], None
-    key = f"val_{run.config.get('metric', 'spider_lite')}"
+    key = f"val_{metric_of(run.config)}"
     for line in read_json(run.home / "log.jsonl"):
         if line.get("event") == "validation" and line["stage"] in ("xe", run.stage):
             rows.append(line)
@@ -1056,10 +1060,10 @@ def rerank_runs(args):
     """RUN/rerank again: other weights on the candidates that `caption --rerank` kept, in seconds."""
     for folder in map(Path, args.runs):
         metric = candidate_metric(read_json(home_of(folder) / "config.json"))
-        read_candidates(folder)  # before anything is decoded on validation
         if args.weights:
             reranker = {"weights": dict(zip(CRITERIA, args.weights))}
         else:
+            read_candidates(folder)  # before anything is decoded on validation
             card = read_json(folder / "run_card.json", "; run `evaluate.py caption RUN --rerank` first")
             run = open_run(folder, args.device, args.dtype)
             reranker = find_reranker(run, card["decoding"], args)
@@ -1130,11 +1134,13 @@ class Probe:
                 results.append({"answer": backbone.text(row), "nll": value})
         return results
 
+    @functools.cached_property
+    def answers(self):
+        """Token ids of each question's right answer, once for all conditions."""
+        return [torch.tensor(self.backbone.caption_ids(q.question, q.answer)) for q in self.questions]
+
     def _nll(self, inputs, clips):
-        backbone, answers = self.backbone, []
-        for i in clips:
-            question = self.questions[i]
-            answers.append(torch.tensor(backbone.caption_ids(question.question, question.answer)))
+        backbone, answers = self.backbone, self.answers[clips.start:clips.stop]
         tokens = pad_sequence(answers, batch_first=True, padding_value=backbone.pad)
         mask = pad_sequence([torch.ones_like(a) for a in answers], batch_first=True)
         tokens, mask = tokens.to(backbone.device), mask.to(backbone.device)
@@ -1518,7 +1524,7 @@ def check(args):
         if not args.exact_only:
             log = [x for x in read_json(folder / "log.jsonl", hint) if x["stage"] == "xe"]
             xe = [x["xe"] for x in log if x["event"] == "step"]
-            metric = f"val_{read_json(folder / 'config.json', hint).get('metric', 'spider_lite')}"
+            metric = f"val_{metric_of(read_json(folder / 'config.json', hint))}"
             first, *scores = [x[metric] for x in log if x["event"] == "validation"]
             before, after = np.mean(xe[:2]), np.mean(xe[-2:])
             checks[f"{folder}: the loss falls by a tenth, {before:.2f} to {after:.2f}"] = after < 0.9 * before

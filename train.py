@@ -965,7 +965,7 @@ def main(argv=None):
         metric = "accuracy" if clips[0].question else evaluate.selection_metric()
         config = {**vars(args), "name": out.name, "folder": os.getcwd(), "metric": metric,
                   "git": git_commit(), "versions": data.versions()}
-    args.metric = config.get("metric", "spider_lite")  # older runs do not say
+    args.metric = evaluate.metric_of(config)
     if args.metric == "spider":
         evaluate.need_spice()  # now, not when the first validation is to be scored
     learn = what_to_learn(model, clips, inputs, clap, args)
