@@ -116,7 +116,7 @@ while [[ $EXP == ?*/ ]]; do EXP=${EXP%/}; done
 # ------------------------------------------------------------------ scale: paths and flags, nothing else
 SNR="20 10 5 0 -5"; EVAL=""; BASELINES="unfreeze concat cross_attention data_only"
 WEIGHT=10                        # of keep; chosen by validation, as the share of another sense's prompt among
-PROMPTS=0.3                      # the questions to keep: tests/README.md, "Keeping sight"
+PROMPTS=0.5                      # the questions to keep: tests/README.md, "Keeping sight"
 declare -A RATES=()              # learning rates, by system
 WORLD=$NAME; STANDIN=""          # made by tests/standin.py on first use
 if [ "$SCALE" != full ]; then
