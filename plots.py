@@ -1046,10 +1046,8 @@ def figure_attention(study, figure):
 # ---------------------------------------------------------------- the page to listen
 # captions.html is one file that opens from the disk: its text is data that a script puts on the page as text.
 
-# conditions of the probe that the page shows: key in retention_items.json, title
-ANSWERED = {
-    "backbone": "backbone alone", "no_clip": "no sound", "unrelated_clip": "unrelated clip", "silence": "silence",
-    "noise": "noise"}
+# conditions of the probe that the page shows where a run was asked under them
+ANSWERED = ("backbone", *CONDITIONS)
 
 # {policy} allows this style, this script, and pictures and sounds beside the page; no network, no other code
 PAGE = """<!doctype html>
@@ -1063,7 +1061,6 @@ PAGE = """<!doctype html>
 <style>{style}</style>
 </head>
 <body>
-<header>
 <h1>Captions to listen to</h1>
 <nav aria-label="Parts of the page">
 <a data-part="captions" href="#">Captions</a>
@@ -1075,9 +1072,9 @@ PAGE = """<!doctype html>
 <label>B <select name="b"></select></label>
 <label>Sort by <select name="sort">
 <option value="file">original order</option>
-<option value="score">score of A</option>
+<option value="score" data-part="captions">score of A</option>
+<option value="loss" data-part="questions">answers lost by A</option>
 <option value="difference">A minus B</option>
-<option value="loss">answers lost by A</option>
 </select></label>
 <label data-part="captions">Score <select name="metric"></select></label>
 <label data-part="questions">Lost with <select name="under"></select></label>
@@ -1087,7 +1084,6 @@ PAGE = """<!doctype html>
 </select></label>
 </form>
 <p id="count" role="status"></p>
-</header>
 <main id="rows"></main>
 <div id="end"></div>
 <noscript><p>This page needs JavaScript. It loads nothing from a network.</p></noscript>
@@ -1097,7 +1093,8 @@ PAGE = """<!doctype html>
 </html>
 """
 
-# rows out of sight are not laid out (content-visibility); colours follow the reader's dark or light mode
+# Colours follow the reader's dark or light mode. Rows out of sight are not laid out (content-visibility), so that a
+# thousand clips do not slow the page down.
 PAGE_STYLE = """
 :root { --text: #1c1e21; --muted: #5c636b; --page: #fff; --card: #f5f6f8; --line: #d5d9de;
   --accent: #00609a; --wrong: #a83200; --right: #006b4a; }
@@ -1107,25 +1104,17 @@ PAGE_STYLE = """
 }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
-body { margin: 0 auto; max-width: 80rem; padding: 0 1rem 4rem; color: var(--text); background: var(--page);
+body { margin: 0 auto; max-width: 80rem; padding: 1rem; color: var(--text); background: var(--page);
   font: 1rem/1.45 system-ui, sans-serif; }
-a { color: var(--accent); }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-header { padding: .75rem 0; background: var(--page); border-bottom: 1px solid var(--line); }
 h1 { font-size: 1.3rem; margin: 0 0 .5rem; }
 h2 { font-size: 1rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin-bottom: .6rem; }
-nav a { padding: .2rem 0; text-decoration: none; }
-nav a[aria-current] { color: var(--text); font-weight: 600; border-bottom: 3px solid var(--accent); }
-#controls { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .5rem .75rem; }
-#controls label { font-size: .8rem; color: var(--muted); }
-#controls input, #controls select { display: block; width: 100%; min-height: 2.3rem; padding: .25rem .5rem;
-  font: inherit; font-size: 1rem; color: var(--text); background: var(--page);
-  border: 1px solid var(--line); border-radius: .35rem; }
-#count { margin: .5rem 0 0; color: var(--muted); font-size: .9rem; }
+a { color: var(--accent); margin-right: 1rem; }
+a[aria-current] { color: var(--text); font-weight: 600; text-decoration: none; }
+form { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .5rem .75rem; margin: .6rem 0; }
+label { font-size: .8rem; color: var(--muted); }
+input, select { display: block; width: 100%; min-height: 2.3rem; font: inherit; font-size: 1rem; }
 article { display: grid; grid-template-columns: minmax(15rem, 1fr) 2.2fr; gap: .75rem 1.5rem; margin: 1rem 0;
-  padding: 1rem; background: var(--card); border-radius: .5rem;
-  content-visibility: auto; contain-intrinsic-size: auto 22rem; }
+  padding: 1rem; background: var(--card); content-visibility: auto; contain-intrinsic-size: auto 22rem; }
 article > * { min-width: 0; }
 audio { display: block; width: 100%; height: 2.75rem; margin-bottom: .5rem; }
 img { display: block; max-width: 100%; width: 14rem; min-height: 2rem; margin-bottom: .5rem; }
@@ -1133,51 +1122,41 @@ ul { margin: 0; padding-left: 1.1rem; }
 li, td, p { overflow-wrap: anywhere; }
 p { margin: 0 0 .5rem; }
 .note { color: var(--muted); font-style: italic; }
-.small { color: var(--muted); font-size: .9rem; }
 .right { color: var(--right); }
 .wrong { color: var(--wrong); }
 table { width: 100%; table-layout: fixed; border-collapse: collapse; font-size: .95rem; }
-th, td { padding: .3rem .5rem; text-align: left; vertical-align: baseline; font-weight: normal;
-  border-top: 1px solid var(--line); }
-thead th { color: var(--muted); font-size: .85rem; border-top: 0; }
-tbody th { color: var(--muted); }
-tr.chosen th { color: var(--text); font-weight: 600; }
-.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .5rem; text-align: left; vertical-align: baseline; border-top: 1px solid var(--line); }
+th { color: var(--muted); font-weight: normal; }
+.number { text-align: right; width: 5.8rem; }
 .captions th:first-child { width: 11rem; }
-th.number { width: 5.8rem; }
-td.best { font-weight: 700; }
-table + p { margin-top: .6rem; }
-@media (min-width: 50rem) and (min-height: 40rem) { header { position: sticky; top: 0; z-index: 1; } }
 @media (max-width: 66rem) { article { grid-template-columns: 1fr; } }
+"""
+# On a phone a caption takes a line of its own below the system and its scores.
+PAGE_STYLE += """
 @media (max-width: 44rem) {
-  /* a caption takes a line of its own below the system and its scores */
   .captions tr { display: flex; flex-wrap: wrap; border-top: 1px solid var(--line); }
   .captions th, .captions td { border: 0; padding: .2rem 0; flex: 0 0 5.2rem; }
   .captions th:first-child { flex: 1; }
-  .captions .caption { order: 1; flex-basis: 100%; padding-bottom: .4rem; }
+  .captions .caption { order: 1; flex-basis: 100%; }
   .captions thead .caption { display: none; }
-}
-@media (max-width: 30rem) {
-  body { padding: 0 .6rem 4rem; }
-  #controls { grid-template-columns: 1fr 1fr; }
-  #controls label:first-child { grid-column: 1 / -1; }
-  article { padding: .75rem; }
+  form { grid-template-columns: 1fr 1fr; }
 }
 """
 
-# The address after # holds the whole view, so that a view can be linked: controls write it, show() reads it.
+# What the page is made of. A text from a file becomes a node's text and is never read as markup. WINDOW is the
+# number of rows that are made at a time, as the reader scrolls; `waiting` has those that are not on the page yet.
 PAGE_SCRIPT = """
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const form = document.getElementById("controls");
+const fields = [...form.elements];
 const rows = document.getElementById("rows");
 const end = document.getElementById("end");
 const clips = new Map(data.clips.map(clip => [clip.id, clip]));
-const WINDOW = 30;  // rows made at a time, as the reader scrolls
-let view = {};      // part of the page, and the value of each control
-let waiting = [];   // rows that are not on the page yet
+const WINDOW = 30;
+let view = {};
+let waiting = [];
 
-// Text from files goes through here and is never read as markup.
 function element(name, text = "", className = "") {
   const made = document.createElement(name);
   made.textContent = text;
@@ -1191,12 +1170,15 @@ function group(name, children, className = "") {
   return made;
 }
 
-function number(value, sign = false) {
-  if (value === null) return "-";
-  return (sign && value > 0 ? "+" : "") + value.toFixed(3);
+function rowHead(text) {
+  const head = element("th", text);
+  head.scope = "row";
+  return head;
 }
+"""
 
-// A sound or a picture, or a note where its file is gone.
+# A sound or a picture. Where its file is gone, or goes after the page was written, a note says so.
+PAGE_SCRIPT += """
 function media(name, link, label) {
   const gone = element("p", `${label}: the file is gone or cannot be opened.`, "note");
   if (!link) return gone;
@@ -1213,58 +1195,37 @@ function media(name, link, label) {
   made.src = link;
   return made;
 }
+"""
 
-// ---- answers of the probe
-
-// {text, right} of a system's answer under a condition, or null.
+# A system's answer under a condition: [text, right], null where it was not asked. lost() is 1 where the backbone
+# alone is right and this answer is wrong, -1 the other way round.
+PAGE_SCRIPT += """
 function answer(question, system, condition) {
   const answers = question.answers[system];
   const place = answers ? answers[data.conditions.findIndex(c => c[0] === condition)] : null;
-  if (place === null) return null;
-  const [text, right] = question.texts[place];
-  return {text, right};
+  return place === null ? null : question.texts[place];
 }
 
-// 1: the backbone alone is right and this answer is wrong; -1: the other way round; null: not asked.
 function lost(question, system, condition) {
   const before = answer(question, system, "backbone");
   const after = answer(question, system, condition);
-  return before && after ? before.right - after.right : null;
+  return before && after ? before[1] - after[1] : null;
 }
+"""
 
-// {clip id: [losses]} of a system's answers beside each clip.
-function lossesBeside(system) {
-  const losses = new Map();
-  for (const question of data.questions) {
-    const loss = lost(question, system, "unrelated_clip");
-    if (loss === null) continue;
-    if (!losses.has(question.clip)) losses.set(question.clip, []);
-    losses.get(question.clip).push(loss);
-  }
-  return losses;
-}
-
-// ---- what the rows are sorted by: a number, or null for the end of the list
-
-const sum = values => values.reduce((total, value) => total + value, 0);
-const minus = (a, b) => a === null || b === null ? null : a - b;
-
-function score(clip, system) {
-  const scores = clip.scores[system];
+# What rows are sorted by: of clips a score, of questions a lost answer. Rows without one (null) come last.
+PAGE_SCRIPT += """
+function value(row, system) {
+  if (view.part === "questions") return lost(row, system, view.under);
+  const scores = row.scores[system];
   return scores ? scores[view.metricIndex] : null;
 }
 
 function sortKey(row) {
-  const {A, B, sort, under} = view;
-  if (view.part === "questions") {
-    if (sort === "loss") return lost(row, A, under);
-    if (sort === "difference") return minus(lost(row, A, under), lost(row, B, under));
-    return null;
-  }
-  if (sort === "score") return score(row, A);
-  if (sort === "difference") return minus(score(row, A), score(row, B));
-  if (sort === "loss" && view.losses.has(row.id)) return sum(view.losses.get(row.id));
-  return null;
+  const a = value(row, view.A);
+  if (view.sort !== "difference") return a;
+  const b = value(row, view.B);
+  return a === null || b === null ? null : a - b;
 }
 
 function sorted(list) {
@@ -1277,76 +1238,50 @@ function sorted(list) {
   });
   return keyed.map(([, row]) => row);
 }
+"""
 
-// What a filter looks through, made once for each row.
+# What the filter looks through: all words of a row.
+PAGE_SCRIPT += """
 function haystack(row) {
-  if (row.haystack === undefined) {
-    const texts = view.part === "questions"
-      ? [row.id, row.clip, row.question, row.truth, ...row.texts.map(([text]) => text)]
-      : [row.id, row.question, ...row.references, ...row.captions];
-    row.haystack = texts.join("\\n").toLowerCase();
-  }
-  return row.haystack;
+  const texts = view.part === "questions"
+    ? [row.id, row.clip, row.question, row.truth, ...row.texts.map(([text]) => text)]
+    : [row.id, row.question, ...row.references, ...row.captions];
+  return texts.join("\\n").toLowerCase();
 }
+"""
 
-// ---- rows
-
+# A clip: its sound and references, beside them a line for each system.
+PAGE_SCRIPT += """
 function clipRow(clip) {
   const left = [element("h2", clip.id), media("audio", clip.link, "Sound")];
   if (clip.question) left.push(element("p", clip.question));
-  left.push(element("p", "References", "small"));
   left.push(group("ul", clip.references.map(text => element("li", text))));
-  const right = [...sortLine(clip), captionTable(clip), ...vqaLine(clip)];
-  return group("article", [group("div", left), group("div", right)]);
+  return group("article", [group("div", left), captionTable(clip)]);
 }
 
 function captionTable(clip) {
   const head = group("tr", [element("th", "system"), element("th", "caption", "caption")]);
   for (const [, title] of data.metrics) head.append(element("th", title, "number"));
-  const best = data.metrics.map((_, m) => Math.max(...clip.scores.map(scores => scores ? scores[m] : 0)));
-  const sortedBy = {file: [], difference: [view.A, view.B]}[view.sort] ?? [view.A];
   const body = element("tbody");
   data.systems.forEach((system, k) => {
     const caption = clip.captions[k];
     if (caption === null) return;
-    const name = element("th", system);
-    name.scope = "row";
     const words = caption ? element("td", caption, "caption") : element("td", "(no words)", "caption note");
-    const line = group("tr", [name, words]);
-    clip.scores[k].forEach((value, m) => {
-      line.append(element("td", number(value), value > 0 && value === best[m] ? "number best" : "number"));
-    });
-    if (sortedBy.includes(k)) line.className = "chosen";
+    const line = group("tr", [rowHead(system), words]);
+    for (const score of clip.scores[k]) line.append(element("td", score === null ? "-" : score.toFixed(3), "number"));
     body.append(line);
   });
   return group("table", [group("thead", [head]), body], "captions");
 }
+"""
 
-function sortLine(clip) {
-  if (view.sort !== "difference") return [];
-  const title = data.metrics[view.metricIndex][1];
-  const names = `${data.systems[view.A]} minus ${data.systems[view.B]}`;
-  return [element("p", `${title}, ${names}: ${number(sortKey(clip), true)}`, "small")];
-}
-
-// How many questions of the probe were asked beside this clip, with a link to them.
-function vqaLine(clip) {
-  const losses = view.losses.get(clip.id);
-  if (!losses) return [];
-  const gone = losses.filter(loss => loss > 0).length;
-  const won = losses.filter(loss => loss < 0).length;
-  const link = element("a", `questions beside this clip: ${losses.length}`);
-  link.href = address({part: "questions", text: clip.id, a: data.systems[view.A], b: data.systems[view.B]});
-  const line = element("p", `${data.systems[view.A]}, `, "small");
-  line.append(link, `, answers lost: ${gone}, won: ${won}`);
-  return [line];
-}
-
+# A question: its picture and the clip that played, beside them the answers of A and B under each condition.
+PAGE_SCRIPT += """
 function questionRow(question) {
   const left = [media("img", question.image, "Picture")];
   const clip = clips.get(question.clip);
   if (clip) {
-    left.push(element("p", `Unrelated clip ${clip.id}`, "small"));
+    left.push(element("p", `Unrelated clip ${clip.id}`));
     left.push(media("audio", clip.link, "Unrelated clip"));
   }
   const truth = element("p", `Right answer: ${question.truth}`);
@@ -1359,75 +1294,70 @@ function answerTable(question) {
   const head = group("tr", [element("th"), ...systems.map(k => element("th", data.systems[k]))]);
   const body = element("tbody");
   for (const [condition, title] of data.conditions) {
-    const name = element("th", title);
-    name.scope = "row";
-    const line = group("tr", [name]);
-    for (const k of systems) {
-      const given = answer(question, k, condition);
-      if (given) {
-        const mark = given.right ? "\\u2713 " : "\\u2717 ";  // not by colour alone
-        line.append(element("td", mark + (given.text || "(no words)"), given.right ? "right" : "wrong"));
-      } else {
-        line.append(element("td", "not asked", "note"));
-      }
-    }
-    if (condition === view.under && view.sort !== "file") line.className = "chosen";
+    const line = group("tr", [rowHead(title)]);
+    for (const k of systems) line.append(answerCell(answer(question, k, condition)));
     body.append(line);
   }
   return group("table", [group("thead", [head]), body], "answers");
 }
+"""
 
-// ---- the view
+# An answer has a mark too: colours alone do not tell everybody what is right.
+PAGE_SCRIPT += """
+function answerCell(given) {
+  if (!given) return element("td", "not asked", "note");
+  const [text, right] = given;
+  return element("td", (right ? "\\u2713 " : "\\u2717 ") + (text || "(no words)"), right ? "right" : "wrong");
+}
+"""
 
-const fields = [...form.elements];
-
+# The address after # holds the whole view, so that a view can be linked: controls write it, show() reads it. For a
+# value that a control does not offer its first one counts. A field that is being typed in is left alone: a reader may
+# have typed on since the address was written.
+PAGE_SCRIPT += """
 function address(values) {
   const hash = new URLSearchParams();
   for (const [name, value] of Object.entries(values)) if (value) hash.set(name, value);
   return "#" + hash;
 }
 
-// The view from the address; for a value that a control does not offer, its own.
 function readView() {
   const hash = new URLSearchParams(location.hash.slice(1));
   view = {part: hash.get("part") === "questions" ? "questions" : "captions"};
   for (const field of fields) {
     const options = [...field.options ?? []].map(option => option.value);
-    const first = {b: options[1], under: "unrelated_clip"}[field.name] ?? options[0] ?? "";
+    const first = (field.name === "b" ? options[1] : options[0]) ?? "";
     const wanted = hash.get(field.name) ?? first;
     view[field.name] = field.options && !options.includes(wanted) ? first : wanted;
-    // a reader may have typed on since the address was written
     if (field.type !== "search" || field !== document.activeElement) field.value = view[field.name];
   }
   view.A = data.systems.indexOf(view.a);
   view.B = data.systems.indexOf(view.b);
   view.metricIndex = data.metrics.findIndex(metric => metric[0] === view.metric);
-  view.losses = lossesBeside(view.A);
 }
 
 function show() {
   readView();
-  for (const label of form.querySelectorAll("[data-part]")) label.hidden = label.dataset.part !== view.part;
-  form.elements.sort.options[1].hidden = view.part === "questions";  // an answer has no score
+  for (const control of form.querySelectorAll("[data-part]")) control.hidden = control.dataset.part !== view.part;
   for (const link of document.querySelectorAll("nav a")) {
     link.href = address({part: link.dataset.part, a: view.a, b: view.b});
     if (link.dataset.part === view.part) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  const all = view.part === "questions" ? data.questions : data.clips;
+  const all = data[view.part === "questions" ? "questions" : "clips"];
   const words = view.text.toLowerCase().split(/\\s+/);
-  // the whole of an id means that one alone, though others may contain it
-  const exact = all.filter(row => view.text && [row.id, row.clip].includes(view.text));
-  const kept = exact.length ? exact : all.filter(row => words.every(word => haystack(row).includes(word)));
-  waiting = sorted(kept);
-  const count = `${kept.length} of ${all.length} ${view.part === "questions" ? "questions" : "clips"}`;
-  document.getElementById("count").textContent = count;
+  waiting = sorted(all.filter(row => words.every(word => haystack(row).includes(word))));
+  const kind = view.part === "questions" ? "questions" : "clips";
+  document.getElementById("count").textContent = `${waiting.length} of ${all.length} ${kind}`;
   rows.replaceChildren();
   scrollTo(0, 0);
   grow();
 }
+"""
 
-// The next rows; watching the end again tells whether the reader still sees it.
+# The next rows are made when the reader comes near the end of the page; watching the end again tells whether it is
+# still near.
+PAGE_SCRIPT += """
 function grow() {
   const make = view.part === "questions" ? questionRow : clipRow;
   rows.append(...waiting.splice(0, WINDOW).map(make));
@@ -1438,7 +1368,10 @@ function grow() {
 const watcher = new IntersectionObserver(seen => {
   if (seen.some(entry => entry.isIntersecting)) grow();
 }, {rootMargin: "2000px"});
+"""
 
+# The choices of the controls. The view changes once for a word and not for each letter; one sound plays at a time.
+PAGE_SCRIPT += """
 function fill(name, options) {
   for (const [value, title] of options) {
     const option = element("option", title);
@@ -1455,7 +1388,7 @@ document.querySelector("nav a:last-child").hidden = !data.questions.length;
 
 let timer;
 form.addEventListener("input", () => {
-  clearTimeout(timer);  // once for a word, not for each letter
+  clearTimeout(timer);
   timer = setTimeout(() => {
     const values = Object.fromEntries(fields.map(field => [field.name, field.value]));
     location.replace(address({part: view.part, ...values}));
@@ -1463,7 +1396,6 @@ form.addEventListener("input", () => {
 });
 form.addEventListener("submit", event => event.preventDefault());
 addEventListener("hashchange", show);
-// one sound at a time
 document.addEventListener("play", event => {
   for (const audio of document.querySelectorAll("audio")) if (audio !== event.target) audio.pause();
 }, true);
@@ -1475,9 +1407,8 @@ def page_runs(runs):
     """What the page shows of finished runs: the first seed of each system, with SCST too."""
     chosen = {}
     for run, (label, _) in looks(runs).items():
-        # the system that learned to hear without forgetting how to see belongs beside those of phase 1
-        kept = run.phase == "retention" and run.stem == "additive_keep"
-        if run.result and run.own and (run.phase == "core" or kept):
+        # older studies have the system that keeps among the sweeps of phase 3
+        if run.result and run.own and (run.phase == "core" or run.stem == "additive_keep"):
             if label not in chosen or run.seed < chosen[label].seed:
                 chosen[label] = run
     found = []
@@ -1507,8 +1438,12 @@ def write_page(folder, runs):
         if any(score is not None for score in scores):
             metrics.append([metric, TITLES.get(metric, metric)])
     labels = [run["label"] for run in runs]
-    content = {"systems": labels, "metrics": metrics, "conditions": list(ANSWERED.items()),
-               "clips": page_clips(folder, runs, metrics), "questions": page_questions(folder, runs)}
+    asked = set()
+    for run in runs:
+        asked.update(*(run["retention"] or []))
+    conditions = [[name, name.replace("_", " ")] for name in ANSWERED if name in asked]
+    content = {"systems": labels, "metrics": metrics, "conditions": conditions,
+               "clips": page_clips(folder, runs, metrics), "questions": page_questions(folder, runs, conditions)}
     # without "<" no text can end the element that it is in
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     # only code with these hashes runs; file: is for a page from the disk, 'self' for one from a server
@@ -1545,8 +1480,8 @@ def page_clips(folder, runs, metrics):
     return list(clips.values())
 
 
-def page_questions(folder, runs):
-    """[question of the probe with every system's answers under ANSWERED]."""
+def page_questions(folder, runs, conditions):
+    """[question of the probe with every system's answers, in the order of `conditions`]."""
     questions = {}
     for k, run in enumerate(runs):
         for item in run["retention"] or []:
@@ -1556,7 +1491,7 @@ def page_questions(folder, runs):
                 "image": None, "texts": [], "answers": [None] * len(runs)})
             question["image"] = question["image"] or page_link(folder, run["folder"], item.get("image"))
             places = []
-            for condition in ANSWERED:
+            for condition, _ in conditions:
                 place = None
                 if condition in item:
                     # most answers are the same: each text is written once, and its place in the list after that
@@ -1566,7 +1501,7 @@ def page_questions(folder, runs):
                         question["texts"].append(answer)
                     place = question["texts"].index(answer)
                 places.append(place)
-            question["answers"][k] = places  # in the order of ANSWERED
+            question["answers"][k] = places
     return list(questions.values())
 
 
