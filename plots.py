@@ -694,9 +694,11 @@ def table_senses(study):
     if not first:
         return None
     phase, second = first[-1]
+    homes = {run.path.parts: run for run in study.runs}
     rows = defaultdict(list)
     for run in beside[phase, second]:
-        alone = next(other for other in study.runs if other.path.parts == run.path.parts[:2])
+        # what the audio branch does alone: the run in whose folder this is
+        alone = homes[run.path.parts[:2]]
         if run.result and run.given == "unrelated" and alone.result:
             rows["audio captions", "audio alone"].append(alone.row(caption_values(study, alone)))
             rows["audio captions", "beside an unrelated video"].append(run.row(caption_values(study, run)))
@@ -704,7 +706,8 @@ def table_senses(study):
             rows["answers", "beside an unrelated clip"].append(alone.row(answer_values(alone)))
             rows["answers", "beside an unrelated clip and video"].append(run.row(answer_values(run)))
     given = {"all": "both", "audio": "audio alone", "video": "video alone", "shuffled": "another clip's video"}
-    for run in beside["video", alone.stem]:
+    # the other way round: the folder of the video branch, with the audio branch attached
+    for run in beside["video", beside[phase, second][0].stem]:
         if run.result and run.stem == second and run.given in given:
             rows["videos with sound", given[run.given]].append(run.row(caption_values(study, run)))
     order = ("audio captions", "answers", "videos with sound")
@@ -733,8 +736,11 @@ def noise_rows(study):
         for kind, noise in run.robustness["noise"].items():
             values = {"n": str(run.robustness["n"])}
             for ratio, scores in {"clean": run.robustness["clean"], **noise}.items():
-                values[ratio] = scores[study.metric]
-                values[f"{ratio}_half_width"] = scores.get("half_width_95", 0)
+                score, half = scores[study.metric], scores.get("half_width_95", 0)
+                values[ratio] = score
+                # the table has it where there is one seed
+                if half:
+                    values[f"{ratio}_ci95"] = [score - half, score + half]
             rows[label, kind].append(run.row(values, style))
             ratios.update(noise)
     return rows, ["clean", *sorted(ratios, key=float, reverse=True)]
@@ -1002,21 +1008,14 @@ def figure_snr(study, figure):
     kinds = list(dict.fromkeys(kind for _, kind in rows))
     figure.set_size_inches(8.6, 3.8)
     axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    for (name, kind), group in rows.items():
-        scores = []
-        for run in group:
-            scores.append([run.values.get(ratio, np.nan) for ratio in ratios])
-        # one seed: the interval over clips; several: the deviation between them
-        bars = [group[0].values.get(f"{ratio}_half_width", 0) for ratio in ratios]
-        if len(group) > 1:
-            bars = np.std(scores, axis=0, ddof=1)
+    for (label, kind), group in rows.items():
         ax = axes[kinds.index(kind)]
-        ax.errorbar(ratios, np.mean(scores, axis=0), bars, ls=group[0].line, lw=1.2, elinewidth=0.7,
-                    capsize=2, label=f"{name}, seeds: {len(group)}", **group[0].style)
         ax.set_xlabel(f"dB; noise: {'another clip' if kind == 'clip' else kind}")
+        for run in group:
+            scores = [run.values.get(ratio, np.nan) for ratio in ratios]
+            ax.plot(ratios, scores, ls=run.line, lw=1.2, ms=4, label=label, **run.style)
     axes[0].set_ylabel(study.test_name)
-    return ("Test score against signal-to-noise ratio, greedy decoding: mean and standard deviation over seeds, or with "
-            "one seed its 95% interval over clips.")
+    return "Test score against signal-to-noise ratio, greedy decoding, one line for each seed."
 
 
 def figure_attention(study, figure):
@@ -1255,6 +1254,7 @@ PAGE_SCRIPT += """
 function clipRow(clip) {
   const left = [element("h2", clip.id), media("audio", clip.link, "Sound")];
   if (clip.question) left.push(element("p", clip.question));
+  left.push(element("p", "References:", "note"));
   left.push(group("ul", clip.references.map(text => element("li", text))));
   return group("article", [group("div", left), captionTable(clip)]);
 }
@@ -1326,7 +1326,7 @@ function readView() {
   view = {part: hash.get("part") === "questions" ? "questions" : "captions"};
   for (const field of fields) {
     const options = [...field.options ?? []].map(option => option.value);
-    const first = (field.name === "b" ? options[1] : options[0]) ?? "";
+    const first = options[field.name === "b" ? 1 : 0] ?? options[0] ?? "";
     const wanted = hash.get(field.name) ?? first;
     view[field.name] = field.options && !options.includes(wanted) ? first : wanted;
     if (field.type !== "search" || field !== document.activeElement) field.value = view[field.name];

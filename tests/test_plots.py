@@ -378,10 +378,10 @@ def test_runs_with_other_noise_levels_share_a_table(tmp_path):
     for k, ratios in enumerate((("20", "0"), ("10", "0"))):
         home = fake_run(tmp_path, f"core/{['additive', 'concat'][k]}_s0", ["additive", "concat"][k], 0)
         noise = {"white": {ratio: scores(0.4) for ratio in ratios}}
-        write(home / "robustness.json", {"n": 320, "clean": scores(0.5), "noise": noise})
+        write(home / "robustness.json", {"n": 320, "clean": scores(0.5, half_width_95=0.1), "noise": noise})
     report = plots.report(tmp_path)
-    assert row(report, "Appendix: noise", "additive", "white")[4:8] == ["0.500", "0.400", "-", "0.400"]
-    assert row(report, "Appendix: noise", "concatenation", "white")[4:8] == ["0.500", "-", "0.400", "0.400"]
+    assert row(report, "Appendix: noise", "additive", "white")[4:8] == ["0.500 [0.400, 0.600]", "0.400", "-", "0.400"]
+    assert row(report, "Appendix: noise", "concatenation", "white")[4:8] == ["0.500 [0.400, 0.600]", "-", "0.400", "0.400"]
 
 
 def test_half_a_study_says_what_is_missing(tmp_path):
@@ -643,7 +643,8 @@ def test_the_frontier_has_its_line_its_pairs_and_its_sweeps(whole, monkeypatch):
 DAMAGE = {
     "result.json": '{"n": 3, "split"', "config.json": "", "retention.json": "[]", "predictions.json": "{}",
     "run_card.json": "\x00" * 40, "log.jsonl": '{"event": "step"}\nnot json\n', "robustness.json": "nul",
-    "rerank/result.json": "{", "../../statistics/a.json": "[1", "../../phase3/decision.json": '{"tries": [{]}'}
+    "rerank/result.json": "{", "../../statistics/a.json": "[1", "../../phase3/decision.json": '{"tries": [{]}',
+    "../../senses.json": "[]", "training.json": "{"}
 
 
 @pytest.mark.parametrize("name", DAMAGE)
