@@ -665,22 +665,13 @@ def table_tries(study):
             row += [f"{t[kind][key]:.2f}" for key in ("before", "after", "loss")]
             row.append("[{:.2f}, {:.2f}]".format(*t[kind]["loss_ci95"]))
         run = Path(t["run"])
+        # decision.json does not say n; the folders that it was made from do
+        beside = [other for other in study.runs if f"with_{run.name}" in other.inside]
+        clips = [other for other in beside if other.given == "unrelated"]
         row += [shown(t["clean_identical"]), f"{decision['tolerance']:g}", shown(t["within"])]
-        row += [*tried_on(study, run.name), f"`{run.parent.name}/{run.name}`"]
-        rows.append(row)
+        rows.append([*row, cell(clips, "n"), cell(beside, "questions"), f"`{run.parent.name}/{run.name}`"])
     return table(["keep", "gate L2", "captions before", "after", "loss", "95%", "VQA before", "after", "loss", "95%",
                   "clean identical", "tolerance", "within", "n clips", "n questions", "run"], rows)
-
-
-def tried_on(study, name):
-    """How many clips and questions the first modality had while run `name` was attached to it."""
-    # decision.json does not say n; the folders that it was made from do
-    clips, questions = "-", "-"
-    for run in study.runs:
-        if f"with_{name}" in run.inside:
-            clips = run.values["n"] if run.result and run.given == "unrelated" else clips
-            questions = run.values.get("questions", questions)
-    return clips, questions
 
 
 def table_senses(study):
@@ -700,8 +691,8 @@ def table_senses(study):
         # what the audio branch does alone: the run in whose folder this is
         alone = homes[run.path.parts[:2]]
         if run.result and run.given == "unrelated" and alone.result:
-            rows["audio captions", "audio alone"].append(alone.row(caption_values(study, alone)))
-            rows["audio captions", "beside an unrelated video"].append(run.row(caption_values(study, run)))
+            rows["audio captions", "audio alone"].append(alone)
+            rows["audio captions", "beside an unrelated video"].append(run)
         elif "unrelated_clip.accuracy" in run.values and "unrelated_clip.accuracy" in alone.values:
             rows["answers", "beside an unrelated clip"].append(alone.row(answer_values(alone)))
             rows["answers", "beside an unrelated clip and video"].append(run.row(answer_values(run)))
@@ -709,15 +700,11 @@ def table_senses(study):
     # the other way round: the folder of the video branch, with the audio branch attached
     for run in beside["video", beside[phase, second][0].stem]:
         if run.result and run.stem == second and run.given in given:
-            rows["videos with sound", given[run.given]].append(run.row(caption_values(study, run)))
+            rows["videos with sound", given[run.given]].append(run)
     order = ("audio captions", "answers", "videos with sound")
-    groups = {cells: rows[cells] for cells in sorted(rows, key=lambda cells: order.index(cells[0]))}
+    groups = dict(sorted(rows.items(), key=lambda row: order.index(row[0][0])))
     return run_table(["what", "given"], groups, [
         COUNT, (study.metric_name, study.metric), ("CIDEr-D", "cider_d"), ("VQA accuracy", "accuracy", 1, 100)])
-
-
-def caption_values(study, run):
-    return {key: run.values.get(key) for key in ("n", study.metric, "cider_d")}
 
 
 def answer_values(run):
@@ -786,7 +773,7 @@ def table_targets(study):
     fl, fl_name = ("spider_fl", "SPIDEr-FL") if fluent else (metric, f"{name}, no fluency penalty")
     # where a name is not said, the system that keeps counts, and the plain one where there is none
     both, plain, keep = ("additive_keep", "additive"), ("additive",), ("additive_keep",)
-    rows = []
+    rows, loss = [], "unrelated_clip.loss"
     for aim, target, measure, phase, stems, stage, key in (
             ("AudioCaps SPIDEr, XE", "≥ 0.50", name, "core", both, "xe", metric),
             ("AudioCaps SPIDEr, XE + SCST", "≥ 0.52", name, "core", both, "scst", metric),
@@ -795,12 +782,12 @@ def table_targets(study):
             ("Clotho SPIDEr-FL", "≥ 0.33", fl_name, "clotho", both, "xe", fl),
             ("reranker's gain in SPIDEr", "≥ 0.02", name, "core", both, "xe", f"gain_{metric}"),
             ("VQA loss, no clip", "0", "the backbone's own answers", "core", both, "xe", "exact"),
-            ("VQA loss, unrelated clip", "≤ 0.5", points, "core", plain, "xe", "unrelated_clip.loss"),
-            ("VQA loss, unrelated clip, with keep", "≤ 0.5", points, "core", keep, "xe", "unrelated_clip.loss"),
-            ("VQA loss, unrelated clip, with keep and SCST", "≤ 0.5", points, "core", keep, "scst", "unrelated_clip.loss")):
+            ("VQA loss, unrelated clip", "≤ 0.5", points, "core", plain, "xe", loss),
+            ("VQA loss, unrelated clip, with keep", "≤ 0.5", points, "core", keep, "xe", loss),
+            ("VQA loss, unrelated clip, with keep and SCST", "≤ 0.5", points, "core", keep, "scst", loss)):
         runs = target_runs(study, phase, stems, stage, key)
         scale = (2, 100) if measure == points else (3, 1)
-        count = {"exact": "exact_n", "unrelated_clip.loss": "questions"}.get(key, "n")
+        count = {"exact": "exact_n", loss: "questions"}.get(key, "n")
         system = runs[0].label if runs else "-"
         reached = cell(runs, key, *scale) if runs else "missing"
         rows.append([aim, target, measure, system, reached, cell(runs, count), folders(runs) or "-"])
@@ -955,9 +942,9 @@ def figure_frontier(study, figure):
     ax.set_xticks(ticks, [f"{loss:g}" for loss in ticks])
     ax.minorticks_off()
     ax.set_xlabel("VQA accuracy lost beside an unrelated clip, percentage points")
-    return ("Test score against the VQA accuracy that the backbone loses beside an unrelated clip, one point for each run with "
-            "95% intervals; linear up to one percentage point, then logarithmic. Hollow: with keep; a dashed line leads to "
-            "the plain run of the same seed. Solid grey and black lines: shorter runs along a weight of the gates' "
+    return ("Test score against the VQA accuracy that is lost beside an unrelated clip, one point for each run with 95% "
+            "intervals; linear up to one percentage point, then logarithmic. Hollow: with keep; a dashed line leads to the "
+            "plain run of the same seed. Solid grey and black lines: shorter runs along a weight of the gates' "
             "regularisation, whose values the numbers are.")
 
 
@@ -1038,8 +1025,8 @@ def figure_attention(study, figure):
     ax.set_yticks([-row for row in range(len(texts))], texts, fontsize=7)
     ax.set(xlabel="attention that is not on the null slot, %", xlim=(-3, 103))
     counts = ", ".join(f"{sense} {len(runs)}" for sense, runs in senses["runs"].items())
-    return (f"How much each branch reads of its sense at each prompt: mean and range over runs ({counts}). Filled: the prompt "
-            "asks for this sense.")
+    return (f"How much each branch reads of its sense at each prompt: mean and range over runs ({counts}). Filled: the "
+            "prompt asks for this sense.")
 
 
 # ---------------------------------------------------------------- the page to listen
@@ -1567,14 +1554,14 @@ def sections(study):
            "Keep: weight of the divergence from the backbone's own answers beside unrelated clips.", [])
     yield "Gate regularisation: L2", 3, table_sweep(study, ["gate_l2"]), "", []
     yield ("Video", 3, table_scores(video, ["run", "trained", "given"]),
-           "Scores of the first beam of 5, test split of the audio-visual dataset, before anything is attached beside a run. "
-           "Shuffled: it had another clip." + other_clips(video), [])
+           "Scores of the first beam of 5, test split of the audio-visual dataset, nothing attached beside a run. Shuffled: "
+           "it had another clip." + other_clips(video), [])
     # tests/senses.py makes this figure's file, and no phase
     attention = [figure_attention] if (study.folder / "senses.json").is_file() else []
     yield ("Senses that compose", 3, table_senses(study),
-           "An audio and a video branch were trained apart and are attached together. Captions and answers: what the video "
-           "branch costs the audio branch. Videos with sound: both branches had the clip, or one of them, or the video branch "
-           "had another clip.", attention)
+           "An audio and a video branch were trained apart and are attached together. Captions and answers: what the "
+           "video branch costs the audio branch. Videos with sound: both branches had the clip, or one of them, or the "
+           "video branch had another clip.", attention)
     yield ("Cost of the second modality: all tries", 3, table_tries(study),
            f"In percentage points. Captions: {name} of audio captions without and with an unrelated video. VQA: "
            "beside an unrelated clip, without and with an unrelated video.", [])
