@@ -1059,7 +1059,7 @@ PAGE = """<!doctype html>
 <label>Sort by <select name="sort">
 <option value="file">original order</option>
 <option value="score" data-part="captions">score of A</option>
-<option value="loss" data-part="questions">answers lost by A</option>
+<option value="loss">answers lost by A</option>
 <option value="difference">A minus B</option>
 </select></label>
 <label data-part="captions">Score <select name="metric"></select></label>
@@ -1199,10 +1199,18 @@ function lost(question, system, condition) {
 }
 """
 
-# What rows are sorted by: of clips a score, of questions a lost answer. Rows without one (null) come last.
+# What rows are sorted by: of clips a score, or the answers that are lost while they play; of questions a lost answer.
+# Rows without one (null) come last.
 PAGE_SCRIPT += """
+function lostBeside(clip, system) {
+  const asked = data.questions.filter(question => question.clip === clip.id);
+  if (!asked.length) return null;
+  return asked.reduce((sum, question) => sum + lost(question, system, "unrelated_clip"), 0);
+}
+
 function value(row, system) {
   if (view.part === "questions") return lost(row, system, view.under);
+  if (view.sort === "loss") return lostBeside(row, system);
   const scores = row.scores[system];
   return scores ? scores[view.metricIndex] : null;
 }
@@ -1241,6 +1249,8 @@ PAGE_SCRIPT += """
 function clipRow(clip) {
   const left = [element("h2", clip.id), media("audio", clip.link, "Sound")];
   if (clip.question) left.push(element("p", clip.question));
+  const gone = view.sort === "loss" ? lostBeside(clip, view.A) : null;
+  if (gone !== null) left.push(element("p", `Answers about images lost beside it, less those won: ${gone}`));
   left.push(element("p", "References:", "note"));
   left.push(group("ul", clip.references.map(text => element("li", text))));
   return group("article", [group("div", left), captionTable(clip)]);
