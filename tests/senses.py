@@ -10,7 +10,7 @@ positions; a prompt's first few ("USER:") come before the question and read the 
 
 The audio branch and the video branch are attached together, each beside a clip of its own test split that has nothing
 to do with the other's. Questions about sound and video are asked without a picture, questions about images with one;
-`open_swapped` is `open` the other way round.
+`open_swapped` is `open_last` the other way round.
 
 Shapes: B clips of a batch, N clips in all, P positions of a prompt, T tokens of an answer.
 """
@@ -30,6 +30,7 @@ import fusion as fusions  # noqa: E402
 
 import torch  # noqa: E402
 from torch.nn.utils.rnn import pad_sequence  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 TRAINED = {"audio": data.SOUND_PROMPT, "video": data.VIDEO_PROMPT}
 WORD = {"audio": "sound", "video": "video"}  # of the trained prompt: half of the paraphrases have it, half do not
@@ -161,8 +162,8 @@ class Pair:
     """An audio run and a video run, attached together, with N clips for each."""
 
     def __init__(self, audio, video, args):
-        first = evaluate.open_run(audio, args.device)
-        self.runs = [first, *evaluate.open_others(first, [video], args.device)]
+        first = evaluate.open_run(audio, args.device, args.dtype)
+        self.runs = [first, *evaluate.open_others(first, [video], args.device, args.dtype)]
         inputs = []
         for run, modality in zip(self.runs, TRAINED):
             if run.config["modality"] != modality:
@@ -178,25 +179,26 @@ class Pair:
         self.branches = evaluate.attached(self.runs, frames)
         self.pictures = pictures(args.qa or first.config.get("probe"), first.config, self.n)
 
-    def measure(self, row, score):
-        """{each of SHARES: {modality: value}, "answers", "cider_d"} of one question; score: with CIDEr-D."""
+    def measure(self, row):
+        """({each of SHARES: {modality: value}}, answers) of one question."""
         natural, swapped = [None] * self.n, self.pictures
         if row["sense"] == "image":
             natural, swapped = swapped, natural
         backbone = self.runs[0].backbone
         answers, shares = ask(backbone, self.branches, row["text"], natural)
-        _, others = ask(backbone, self.branches, row["text"], swapped)
+        # not answered, to save time
+        others = shares_of(backbone, self.branches, row["text"], swapped, [""] * self.n)
         layers = {}
         for modality, found in shares.items():
             layers[modality] = {layer: parts["answer"].mean().item() for layer, parts in sorted(found.items())}
-        result = {"open": over_layers(shares, "answer"), "open_last": over_layers(shares, "last"),
-                  "open_prompt": over_layers(shares, "prompt"), "open_swapped": over_layers(others, "answer"),
-                  "open_layers": layers, "answers": answers}
-        if score and row["kind"] in CAPTIONS:
-            captions = [{"text": answer} for answer in answers]
-            items = evaluate.make_items(self.clips[row["sense"]], captions)
-            result["cider_d"] = evaluate.score(items, select="cider_d")["corpus"]["cider_d"]
-        return result
+        return {"open": over_layers(shares, "answer"), "open_last": over_layers(shares, "last"),
+                "open_prompt": over_layers(shares, "prompt"), "open_swapped": over_layers(others, "last"),
+                "open_layers": layers}, answers
+
+    def cider_d(self, sense, answers):
+        """Of answers to a question, one a clip, against the captions of that sense's clips."""
+        items = evaluate.make_items(self.clips[sense], [{"text": answer} for answer in answers])
+        return evaluate.score(items, select="cider_d")["corpus"]["cider_d"]
 
 
 def pictures(qa, config, n):
@@ -211,39 +213,46 @@ def pictures(qa, config, n):
 # ---------------------------------------------------------------- all runs
 
 def measure(audio, video, args):
-    """What --out holds: every question, with a number for each seed."""
-    rows, n = questions(), None
+    """What --out holds, after each pair of runs: every question, with a number for each seed."""
+    rows = questions()
     for row in rows:
         row |= {name: {"audio": [], "video": []} for name in SHARES}
         if row["kind"] in CAPTIONS:
             row["cider_d"] = {row["sense"]: []}
     for k in range(max(len(audio), len(video))):
         # where there are fewer runs of one sense they are attached again, and counted once
-        pair = Pair(audio[k % len(audio)], video[k % len(video)], args)
         new = {"audio": k < len(audio), "video": k < len(video)}
-        n = pair.n
-        for row in rows:
-            found = pair.measure(row, new.get(row["sense"]))
+        pair = Pair(audio[k % len(audio)], video[k % len(video)], args)
+        answers = []
+        for row in tqdm(rows, f"{pair.runs[0].name} with {pair.runs[1].name}", leave=False):
+            found, texts = pair.measure(row)
+            answers.append(texts)
+            row.setdefault("examples", texts[:2])
             for name in SHARES:
                 for modality, value in found[name].items():
                     if new[modality]:
                         row[name][modality].append(value)
-            if "cider_d" in found:
-                row["cider_d"][row["sense"]].append(found["cider_d"])
-            row.setdefault("examples", found["answers"][:2])
-        print(f"{pair.runs[0].folder} with {pair.runs[1].folder}: {len(rows)} questions, {n} clips", flush=True)
-    return {"runs": {"audio": audio, "video": video}, "n": n, "prompts": rows, "summary": summarise(rows)}
+        # one call of Java for all of them, which every score then finds done
+        evaluate.tokenise([text for texts in answers for text in texts])
+        for row, texts in zip(rows, answers):
+            if row["kind"] in CAPTIONS and new[row["sense"]]:
+                row["cider_d"][row["sense"]].append(pair.cider_d(row["sense"], texts))
+        yield {"runs": {"audio": audio[:k + 1], "video": video[:k + 1]}, "n": pair.n, "prompts": rows,
+               "summary": {name: summarise(rows, name) for name in ("open", "open_last")}}
 
 
-def summarise(rows):
-    """{modality: counts}: which questions open a branch by more than half of what its trained prompt does?"""
+def summarise(rows, name):
+    """{modality: counts}: which questions open a branch by more than half of what its trained prompt does?
+
+    name: one of SHARES.
+    """
     summary = {}
     for modality, word in WORD.items():
         (trained,) = (row for row in rows if row["trained"] and row["sense"] == modality)
-        half = mean(trained["open"][modality]) / 2
+        half = mean(trained[name][modality]) / 2
         groups = {"paraphrases_with_word": [], "paraphrases_without_word": [], "yes_or_no": [], "others": []}
         for row in rows:
-            opens = mean(row["open"][modality]) > half
+            opens = mean(row[name][modality]) > half
             if row["sense"] != modality:
                 groups["others"].append(not opens)
             elif row["kind"] == "yes/no":
@@ -253,8 +262,8 @@ def summarise(rows):
                 groups["paraphrases_with_word" if has_word else "paraphrases_without_word"].append(opens)
         # of the others it counts that the branch stays below
         summary[modality] = {"trained": 2 * half}
-        for name, hits in groups.items():
-            summary[modality][name] = {"right": sum(hits), "of": len(hits)}
+        for group, hits in groups.items():
+            summary[modality][group] = {"right": sum(hits), "of": len(hits)}
     return summary
 
 
@@ -265,7 +274,7 @@ def print_tables(result):
     print(f"\nn = {result['n']} clips; mean over questions [lowest, highest]")
     titles = {"open": "share of attention that reads the clip, where the answer is written",
               "open_last": "the same at the last position of the prompt alone",
-              "open_swapped": "where the answer is written, with a picture instead of none and the reverse"}
+              "open_swapped": "there, with a picture instead of none and the reverse"}
     for name, title in titles.items():
         last = "   CIDEr-D" if name == "open" else ""
         print(f"\n{title}\n{'questions':26s} {'audio branch':>21s} {'video branch':>21s}{last}")
@@ -274,13 +283,14 @@ def print_tables(result):
             scores = [mean(values) for row in some for values in row.get("cider_d", {}).values() if values]
             scores = spread(scores) if name == "open" else ""
             print(f"{group:26s} {cells[0]:>21s} {cells[1]:>21s}   {scores}".rstrip())
-    print("\nabove half of the trained prompt's share (others: below it)")
-    for modality, counts in result["summary"].items():
-        parts = [f"trained {counts['trained']:.3f}"]
-        for name, count in counts.items():
-            if name != "trained":
-                parts.append(f"{name.replace('_', ' ')} {count['right']} of {count['of']}")
-        print(f"{modality} branch: {', '.join(parts)}")
+    for name, title in (("open", "where the answer is written"), ("open_last", "at the last position of the prompt")):
+        print(f"\nabove half of the trained prompt's share, others below it, {title}")
+        for modality, counts in result["summary"][name].items():
+            parts = [f"trained {counts['trained']:.3f}"]
+            for group, count in counts.items():
+                if group != "trained":
+                    parts.append(f"{group.replace('_', ' ')} {count['right']} of {count['of']}")
+            print(f"{modality} branch: {', '.join(parts)}")
     print("\naudio video  question  →  an answer")
     for row in rows:
         audio, video = (mean(row["open"][modality]) for modality in TRAINED)
@@ -328,9 +338,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    result = measure(args.audio.split(","), args.video.split(","), args)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    data.write_json(args.out, result)
+    for result in measure(args.audio.split(","), args.video.split(","), args):
+        data.write_json(args.out, result)  # also before the last pair: a pair takes minutes
     print_tables(result)
     print(f"\n{args.out}")
 
