@@ -76,7 +76,7 @@ def greedy():
 
 def evaluation_cost(args, dataset):
     """TFLOP of an evaluate.py command, for its runs on this dataset. Branches of --with cost next to nothing."""
-    clips = clips_of(dataset, args.limit_clips)
+    clips = clips_of(dataset, getattr(args, "limit_clips", 0))  # decide and check have no clips
     if args.command == "caption":
         decoded = clips[args.split] * len(args.hear)
         if args.rerank:  # five samples too; the weights are fitted on validation

@@ -141,4 +141,6 @@ def test_plan_costs_a_command():
     few, fewer = (plan.cost(line.replace("--limit-clips 1000", f"--limit-clips {n}")) for n in (64, 32))
     trunk = (plan.PROMPT + plan.CAPTION) * 12 * plan.TERAFLOP["trunk"]
     assert few - fewer == pytest.approx(32 * (trunk + plan.greedy()))  # clips of training, clips of validation
-    assert plan.cost("python bootstrap.py compare a vs b --json c") == plan.cost("# phase 1: 3 jobs") == 0
+    for line in ("python bootstrap.py compare a vs b --json c", "# phase 1: 3 jobs", "python evaluate.py decide a b --out o",
+                 "python evaluate.py check a"):
+        assert plan.cost(line) == 0
