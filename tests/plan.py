@@ -40,17 +40,22 @@ CLIPS = {"audiocaps": {"train": 49838, "val": 495, "test": 975},
          "clotho": {"train": 3839, "val": 1045, "test": 1045},
          "av": {"train": 10000, "val": 1000, "test": 1000}}
 REFERENCES = {"audiocaps": 1, "clotho": 5, "av": 1}   # of a training clip
-CONDITIONS = 7          # of the retention probe, the backbone alone among them
+CONDITIONS = 4          # that the retention probe asks all questions: unrelated clip, silence, noise, conflict
+EXACT = 3               # that it asks one batch: gates closed, no clip, nothing attached
+
+
+def clips_of(dataset, limit):
+    """{split: clips}; limit: the first clips of each alone, 0 is all."""
+    return {split: min(limit, n) or n for split, n in CLIPS[dataset].items()}
 
 
 def training_cost(args):
     """TFLOP of a train.py command at most."""
-    clips = CLIPS[args.dataset]
+    clips = clips_of(args.dataset, args.limit_clips)
     system = "additive" if args.fusion == "data_only" else args.fusion  # the same products
     counted = TERAFLOP["training"]
     xe, tree = counted.get((system, min(args.layers)), counted[system, 12])
-    train_clips = min(args.limit_clips, clips["train"]) or clips["train"]
-    captions = train_clips * REFERENCES[args.dataset]
+    captions = clips["train"] * REFERENCES[args.dataset]
     total = captions * (PROMPT + CAPTION) * min(args.layers) * TERAFLOP["trunk"]
     total += args.steps * args.batch_size * xe
     steps = args.steps
@@ -60,7 +65,7 @@ def training_cost(args):
     if args.keep:  # a micro-batch of questions a step
         questions = steps // args.keep_every * args.micro_batch
         total += questions * xe * QUESTION / (PROMPT + CAPTION)
-    every = args.eval_every or max(1, train_clips // args.batch_size)
+    every = args.eval_every or max(1, clips["train"] // args.batch_size)
     return total + steps // every * clips["val"] * greedy()
 
 
@@ -71,14 +76,16 @@ def greedy():
 
 def evaluation_cost(args, dataset):
     """TFLOP of an evaluate.py command, for its runs on this dataset. Branches of --with cost next to nothing."""
-    clips = CLIPS[dataset]
+    clips = clips_of(dataset, getattr(args, "limit_clips", 0))  # decide and check have no clips
     if args.command == "caption":
         decoded = clips[args.split] * len(args.hear)
         if args.rerank:  # five samples too; the weights are fitted on validation
             decoded = 2 * (decoded + clips["val"])
         cost = decoded * TERAFLOP["caption"]
     elif args.command == "retention":
-        cost = CONDITIONS * args.limit_questions * TERAFLOP["question"]
+        asked = CONDITIONS * args.limit_questions + EXACT * min(args.batch_size, args.limit_questions)
+        # the runs of a process share the answers of the backbone alone
+        return (args.limit_questions + asked * len(args.runs)) * TERAFLOP["question"]
     elif args.command == "robustness":
         cost = (1 + len(args.snr) * len(args.noise)) * clips["test"] * greedy()
     else:

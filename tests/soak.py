@@ -24,8 +24,8 @@ import data
 import evaluate
 import fusion
 
-VARYING = {"seconds", "clips_per_second", "val_seconds", "clips_a_second", "train_hours", "hardware",
-           "seconds_to_90_percent", "train_seconds", "cache", "out", "init", "with", "git",
+VARYING = {"seconds", "clips_per_second", "seconds_a_step", "val_seconds", "clips_a_second", "peak_memory",
+           "train_hours", "hardware", "seconds_to_90_percent", "train_seconds", "cache", "out", "init", "with", "git",
            "folder"}  # from run to run
 
 

@@ -130,6 +130,17 @@ def test_plan_costs_a_command():
            "--eval-every 1000   # core/x"
     ten, twenty = (plan.cost(line.format(steps)) for steps in (10, 20))
     assert twenty - ten == pytest.approx(100 * xe)
+    # the backbone alone once; four conditions of all questions and three of a batch for each run
     retention = "python evaluate.py retention a b --qa q --limit-questions 100"
-    assert plan.cost(retention) == pytest.approx(2 * 7 * 100 * plan.TERAFLOP["question"])
-    assert plan.cost("python bootstrap.py compare a vs b --json c") == plan.cost("# phase 1: 3 jobs") == 0
+    assert plan.cost(retention) == pytest.approx((100 + 2 * (4 * 100 + 3 * 64)) * plan.TERAFLOP["question"])
+    assert plan.cost(retention + " --batch-size 8") == pytest.approx((100 + 2 * (4 * 100 + 3 * 8)) * plan.TERAFLOP["question"])
+    caption = "python evaluate.py caption a b --split test --limit-clips {}"
+    for limit, clips in ((64, 64), (0, 975), (5000, 975)):
+        assert plan.cost(caption.format(limit)) == pytest.approx(2 * clips * plan.TERAFLOP["caption"])
+    line = line.format(10).replace("--eval-every 1000", "--eval-every 10")
+    few, fewer = (plan.cost(line.replace("--limit-clips 1000", f"--limit-clips {n}")) for n in (64, 32))
+    trunk = (plan.PROMPT + plan.CAPTION) * 12 * plan.TERAFLOP["trunk"]
+    assert few - fewer == pytest.approx(32 * (trunk + plan.greedy()))  # clips of training, clips of validation
+    for line in ("python bootstrap.py compare a vs b --json c", "# phase 1: 3 jobs", "python evaluate.py decide a b --out o",
+                 "python evaluate.py check a"):
+        assert plan.cost(line) == 0

@@ -526,6 +526,35 @@ def test_silence_and_noise(world, modality, model):
     assert all(torch.equal(a, b) for a, b in zip(noise, again))
 
 
+def test_clips_that_name_another_answer():
+    def clip(*references):
+        return data.Clip(references[0], Path("x.wav"), list(references))
+
+    def question(text, answer):
+        return data.Question(text + answer, None, text, answer, "")
+
+    def contradicting(questions, clips, seed=0):
+        answers = {}
+        for q in questions:
+            answers.setdefault(q.question, set()).add(evaluate.normalise(q.answer))
+        return evaluate.contradicting_clips(questions, clips, answers, np.random.default_rng(seed))
+
+    clips = [clip("a dog barks", "it yaps"), clip("a Red square, moving"), clip("a blue circle"),
+             clip("a blue circle passes", "a red circle passes"), clip("colored tired blues"), clip("Light blue: a line")]
+    colour, where = "What color is it?", "Where is it?"
+    asked = [question(colour, "red"), question(colour, "Blue."), question(colour, "light blue"), question(where, "circle"),
+             question("Does it move?", "yes"), question("Does it move?", "no"), question("Does it move?", "a line")]
+    found = {i: {contradicting(asked, clips, seed).get(i) for seed in range(40)} for i in range(len(asked))}
+    assert found[0] == {2, 5}       # another colour of this question, whole words, and not beside the right one
+    assert found[1] == {1}          # clip 3 names it in another caption, clip 5 with another word before it
+    assert found[2] == {1, 2, 3}    # and any of them, as the generator has it
+    assert found[3] == {None}       # no other answer to this question in the probe: not one of another question
+    # yes and no contradict nothing; what does contradict them need not be one of them
+    assert found[4] == found[5] == {5} and found[6] == {None}
+    assert contradicting(asked, clips[:1]) == {} and contradicting([], clips) == {} == contradicting(asked, [])
+    assert contradicting(asked[:1], clips) == {}  # the probe has one answer to it
+
+
 # ---------------------------------------------------------------- the decision about a second modality
 
 QUESTIONS = 200
@@ -545,7 +574,7 @@ def answered(share):
 def first_sense(folder, metric="spider_lite"):
     captions = [{"id": str(i), "scores": {metric: 0.6}} for i in range(100)]
     write(folder, config={"metric": metric}, predictions=captions, retention_items=answered(0.9),
-          result={metric: 0.6, "n": 100}, retention={"conditions": {"unrelated_clip": {"accuracy": 0.9}}})
+          result={metric: 0.6, "n": 100})
     return folder
 
 
@@ -554,9 +583,8 @@ def a_try(first, name, gate_l2, losses=(0.0,), vl=0.9, identical=True, metric="s
     scores = [0.6 - losses[i % len(losses)] for i in range(100)]
     write(first.parent / name, config={"gate_l2": gate_l2, "keep": 1e4 * gate_l2},
           result={"gates": {"3": 0.1}, "cider_d": 2.0})
-    conditions = {"no_clip": {"identical": True}, "nothing_attached": {"identical": identical},
-                  "unrelated_clip": {"accuracy": vl}}
-    write(first / f"with_{name}", retention={"conditions": conditions}, retention_items=answered(vl))
+    exact = {"gates_closed": True, "no_clip": True, "nothing_attached": identical}
+    write(first / f"with_{name}", retention={"exact": exact}, retention_items=answered(vl))
     write(first / f"with_{name}/unrelated", result={metric: float(np.mean(scores)), "n": 100},
           predictions=[{"id": str(i), "scores": {metric: score}} for i, score in enumerate(scores)])
     return first.parent / name
@@ -788,9 +816,10 @@ def test_the_first_sense_beside_unrelated_clips_of_the_second(world, senses, tmp
     alone, items = (read(hears / f"{name}.json") for name in ("retention", "retention_items"))
     for name in ("sees", "closed"):
         report, beside = (read(hears / f"with_{name}/{file}.json") for file in ("retention", "retention_items"))
-        assert report["hash"] == alone["hash"] and report["conditions"].keys() == alone["conditions"].keys()
-        for condition in ("backbone", "gates_closed", "no_clip", "nothing_attached"):
-            assert report["conditions"][condition]["identical"], condition
+        # captions of videos name colours and shapes, those of sounds do not
+        assert report["hash"] == alone["hash"] and report["conditions"].keys() == {*alone["conditions"], "conflict"}
+        assert report["exact"] == {"gates_closed": True, "no_clip": True, "nothing_attached": True} == alone["exact"]
+        assert report["exact_n"] == 12 == alone["exact_n"]
         # the same questions beside the same sounds
         assert [(i["id"], i["clip"]) for i in beside] == [(i["id"], i["clip"]) for i in items]
         same = [a["unrelated_clip"] == b["unrelated_clip"] for a, b in zip(items, beside)]
@@ -806,10 +835,56 @@ def test_the_first_sense_beside_unrelated_clips_of_the_second(world, senses, tmp
     # other questions, asked into the same folder: it holds those, not the older ones
     probe[-1] = "5"
     retain(hears)
-    assert read(hears / "retention.json")["n"] == 5 == len(read(hears / "retention_items.json"))
+    report = read(hears / "retention.json")
+    assert report["n"] == 5 == len(read(hears / "retention_items.json")) == report["exact_n"]
     (hears / "result.json").write_text("{}")
     caption(hears)
     assert read(hears / "result.json")["n"] == len(own) and read(hears / "predictions.json") == own
+
+
+def test_questions_beside_a_video_of_another_answer(world, senses, tmp_path, monkeypatch):
+    """Asked of those questions alone that such a video exists for; what else is asked stays as it is."""
+    sees = untouched(senses / "sees", tmp_path / "sees")
+    questions, _ = data.read_qa(world / "data/qa/test.json", None, 12)
+    probe = ["--qa", str(world / "data/qa/test.json"), "--limit-questions", "12"]
+    picks, contradicting = {}, evaluate.contradicting_clips
+
+    def recorded(*given):
+        picks.clear()
+        picks.update(contradicting(*given))
+        return picks
+
+    monkeypatch.setattr(evaluate, "contradicting_clips", recorded)
+    evaluate.main(["retention", str(sees), *probe])
+    report, items = read(sees / "retention.json"), read(sees / "retention_items.json")
+    assert report["conditions"].keys() == {"backbone", "unrelated_clip", "silence", "noise", "conflict"}
+    assert [i for i, item in enumerate(items) if "conflict" in item] == sorted(picks)
+    kinds = [questions[i].kind for i in picks]
+    for name, found in report["conditions"].items():
+        asked = [i for i in items if name in i]
+        assert found["n"] == len(asked) == (len(picks) if name == "conflict" else 12)
+        right = [[evaluate.correct(i[kind]["answer"], i["truth"]) for i in asked] for kind in ("backbone", name)]
+        assert found["loss"] == pytest.approx(np.subtract(*right).mean())
+        assert found["nll"] == pytest.approx(np.mean([i[name]["nll"] for i in asked]))
+    assert 0 < len(picks) < 12 and report["conditions"]["conflict"]["accuracy_by_kind"].keys() == {*kinds}
+    # the answers are those beside the clip that was picked
+    opened = evaluate.open_run(sees)
+    inputs = data.load_inputs([opened.config], "test", "cpu")
+    clip = [picks.get(i, 0) for i in range(12)]
+    beside = evaluate.attached([opened], [inputs.frames[0].take(clip)])
+    given = evaluate.Probe(opened.backbone, questions, 64).run(beside)
+    for i, k in picks.items():
+        assert items[i]["conflict"]["answer"] == given[i]["answer"]
+        assert items[i]["conflict"]["nll"] == pytest.approx(given[i]["nll"], rel=1e-4)
+        assert questions[i].answer not in " ".join(inputs.split.clips[k].references).split()
+    assert any(i["conflict"] != i["backbone"] for i in items if "conflict" in i)
+    # the same again, but for a probe in which no question has two answers
+    before = {name: (sees / f"{name}.json").read_bytes() for name in ("retention", "retention_items")}
+    evaluate.main(["retention", str(sees), *probe])
+    assert before == {name: (sees / f"{name}.json").read_bytes() for name in before}
+    evaluate.main(["retention", str(sees), *probe[:-1], "1"])
+    report = read(sees / "retention.json")
+    assert "conflict" not in report["conditions"] and report["n"] == 1 == report["exact_n"]
 
 
 def test_what_cannot_be_attached_together(world, senses, tmp_path, capsys):

@@ -183,7 +183,10 @@ def test_questions_of_the_probe_are_refused(world, tmp_path):
     with pytest.raises(data.InputError, match="are in the probe"):
         evaluate.main(["retention", str(out), "--qa", str(train_qa)])
     evaluate.main(["retention", str(out), "--qa", str(test_qa), "--limit-questions", "8"])
-    conditions = json.loads((out / "retention.json").read_text())["conditions"]
+    report = json.loads((out / "retention.json").read_text())
+    assert report["exact"] == {"gates_closed": True, "no_clip": True, "nothing_attached": True} and report["exact_n"] == 8
+    conditions = report["conditions"]
+    assert conditions.keys() == {"backbone", "unrelated_clip", "silence", "noise"}
     for c in conditions.values():
         assert c["loss"] == pytest.approx(conditions["backbone"]["accuracy"] - c["accuracy"])
         assert c["loss_ci95"][0] <= c["loss"] <= c["loss_ci95"][1]

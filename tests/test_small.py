@@ -134,9 +134,14 @@ def test_a_dry_run_prints_the_commands_of_every_phase(tmp_path):
     environment |= {"DRY": "1", "SCALE": "small", "EXP": str(tmp_path / "exp"), "CLAP": "my/clap"}
     done = subprocess.run(["bash", "run_all.sh"], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "tests/standin.py --out small --llm smollm2" in done.stdout
+    assert "tests/standin.py --out small --llm smollm2 --ears whisper" in done.stdout
     trained = [line for line in done.stdout.splitlines() if line.startswith("python train.py") or " train.py " in line]
     assert len(trained) > 20 and all("--llava small/models/llava" in line for line in trained)
-    assert sum("--layers 12 24 " in line and "--encoder my/clap" in line for line in trained) > 10
+    # one model listens, another judges; nobody judges what a video shows
+    heard, seen = "--encoder small/models/whisper --clap my/clap ", "--encoder small/models/timesformer "
+    assert sum("--layers 12 24 " in line and heard in line for line in trained) > 10
+    for line in trained:
+        assert (heard in line) is ("--modality video" not in line) is not (seen in line)
+    assert not any("_s1 " in line for line in done.stdout.splitlines())  # one seed
     for phase in range(5):
         assert f"# phase {phase}: " in done.stdout

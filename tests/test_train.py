@@ -9,6 +9,7 @@ import resource
 import runpy
 import shutil
 import signal
+import statistics
 import subprocess
 from argparse import Namespace
 from pathlib import Path
@@ -327,7 +328,34 @@ def test_a_run_leaves_what_is_promised(finished):
     best = max(log_of(finished, "validation")[:2], key=lambda v: v["val_spider_lite"])
     assert summary["stages"]["xe"]["best"] == best["val_spider_lite"]
     assert summary["stages"]["xe"]["best_step"] in (4, 8)
+    assert summary["seconds_a_step"].keys() == {"xe", "scst"} and summary["peak_memory"] > 1e8
+    timed = [8 / line["clips_per_second"] for line in steps if line["stage"] == "scst"]  # which logs every step
+    assert summary["seconds_a_step"]["scst"] == pytest.approx(statistics.median(timed)) and len(timed) == 4
+    assert 0 < summary["seconds_a_step"]["xe"] < summary["stages"]["xe"]["seconds"]
     assert json.loads((finished / "config.json").read_text())["metric"] == "spider_lite"
+
+
+def test_the_first_clips_of_each_split(world, tmp_path, monkeypatch):
+    """--limit-clips: no other clip is trained on, validated on, captioned, attached to a question or even encoded."""
+    encoder, heard = data.load_encoder(str(world / "models/clap"), "audio", "cpu"), []
+    prepare = encoder.prepare
+    monkeypatch.setattr(encoder, "prepare", lambda wave: (heard.append(len(wave)), prepare(wave))[1])
+    out, few = tmp_path / "run", ["--limit-clips", "8"]
+    done = run(world, out, "--cache", tmp_path / "cache", "--steps", "2", "--eval-every", "2", *few)
+    assert "train: 8 clips, 0 missing" in done.stdout and "val: 8 clips, 0 missing" in done.stdout and len(heard) == 16
+    (validation,) = log_of(out, "validation")
+    assert validation["val_n"] == 8
+    clips = data.read_split("audiocaps", world / "data/audiocaps", "test").clips
+    first = [clip.id for clip in clips[:8]]
+    assert len(clips) > 8
+    evaluate.main(["caption", str(out), "--beams", "1", *few])
+    result, items = (json.loads((out / f"{name}.json").read_text()) for name in ("result", "predictions"))
+    assert result["n"] == 8 and [i["id"] for i in items] == first and len(heard) == 24
+    evaluate.main(["retention", str(out), "--qa", str(world / "data/qa/test.json"), "--limit-questions", "20", *few])
+    attached = {i["clip"] for i in json.loads((out / "retention_items.json").read_text())}
+    assert 1 < len(attached) and attached <= {*first} and len(heard) == 24 + 16  # the probe's own noises
+    evaluate.main(["robustness", str(out), "--snr", "0", "--noise", "white", *few])
+    assert json.loads((out / "robustness.json").read_text())["n"] == 8
 
 
 def test_questions_and_answers(world, tmp_path):
