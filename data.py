@@ -1612,14 +1612,17 @@ class Inputs:
     frames: list    # Features in the same order, each with one element a clip
 
 
-def load_inputs(configs, split, device):
+def load_inputs(configs, split, device, *, limit_clips=0):
     """Inputs of the clips that all encoders can read.
 
     configs: of the run, then of those attached beside it. split: a Split, or a name; then it is read where the
-    first config says."""
+    first config says. limit_clips: the split keeps its first clips alone, and only they are encoded; 0 is all.
+    Their features are a file of their own in the cache, which is named by its clips."""
     own = configs[0]
     if isinstance(split, str):
         split = read_split(own["dataset"], own["data"], split)
+    if limit_clips:
+        split.clips = split.clips[:limit_clips]
     encoders, features = [], []
     for config in configs:
         encoder = load_encoder(config["encoder"], config["modality"], device)

@@ -398,6 +398,39 @@ def test_cache_gives_the_same_without_encoding(clotho, clap, judge, tmp_path, mo
     assert not [p for p in (tmp_path / "cache").iterdir() if "tmp" in p.name or "lock" in p.name]
 
 
+def test_a_limit_encodes_the_first_clips_alone_and_leaves_the_whole_cache_as_it_is(
+        clotho, clap, judge, tmp_path, monkeypatch):
+    """In either order of the two calls, and for the judge's embeddings too."""
+    encoder = data.load_encoder(clap.path, "audio", "cpu")
+    prepared, prepare = [], encoder.prepare
+
+    def counted(wave):
+        prepared.append(len(wave))
+        return prepare(wave)
+
+    monkeypatch.setattr(encoder, "prepare", counted)
+    whole = {}
+    for name, limits in (("limited first", (2, 0, 2)), ("whole first", (0, 2, 0))):
+        config = {"encoder": clap.path, "modality": "audio", "dataset": "clotho", "data": str(clotho),
+                  "cache": str(tmp_path / name), "prompt": "What?"}
+        for n, limit in enumerate(limits):
+            prepared.clear()
+            inputs = data.load_inputs([config], "test", "cpu", limit_clips=limit)
+            count = limit or 6
+            assert sorted(prepared) == [RATE * (i + 1) for i in range(count)] * (n < 2)
+            frames, (embeds, _) = inputs.frames[0], data.judge_of(config, inputs.split, "cpu")
+            assert frames.ids == [clip.id for clip in inputs.split.clips] == [f"{i}.wav" for i in range(count)]
+            assert inputs.prompts == ["What?"] * count and embeds.shape == (count, judge.embed_dim)
+            # whatever the other call has left in the cache
+            earlier = whole.setdefault(limit, (inputs.split.hash, list(frames), embeds))
+            assert inputs.split.hash == earlier[0]
+            torch.testing.assert_close(list(frames), earlier[1])
+            torch.testing.assert_close(embeds, earlier[2])
+    assert whole[0][0] != whole[2][0]
+    torch.testing.assert_close(whole[2][1], whole[0][1][:2], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(whole[2][2], whole[0][2][:2], rtol=1e-4, atol=1e-5)
+
+
 def test_cache_follows_size_and_time_of_the_files(clotho, clap, tmp_path):
     load = lambda: load_features(read_split("clotho", clotho, "test"), clap, tmp_path / "cache")
     before, file = load(), clotho / "evaluation" / "0.wav"
