@@ -116,6 +116,11 @@ def read_json(path, hint=""):
         raise InputError(f"{path}: cannot be read as JSON ({error}){hint}") from None
 
 
+def one_line(error):
+    """A library's message as the part of a line."""
+    return " ".join(str(error).split())[:300]
+
+
 def print_escaped(text):
     """Print a line that may hold any file's name; what the console cannot show is escaped."""
     encoding = sys.stdout.encoding or "utf-8"
@@ -285,12 +290,11 @@ def _match(table, wanted, files, rank):
         for key in keys:
             index.setdefault(key, []).append(path)
     # place by place, so that a file goes to the name that wants it most
-    for place in range(max(map(len, wanted.values()))):
+    for keys in itertools.zip_longest(*wanted.values()):
         claims = {}
-        for name, keys in wanted.items():
-            if name not in matches and place < len(keys):
-                for path in index.get(keys[place], ()):
-                    claims.setdefault(path, []).append(name)
+        for name, key in zip(wanted, keys):
+            for path in index.get(key, ()) if name not in matches else ():
+                claims.setdefault(path, []).append(name)
         for path, names in claims.items():
             if path not in taken and len(names) == 1:
                 matches.setdefault(names[0], []).append(path)
@@ -535,7 +539,7 @@ def _clean(location, text, max_characters=MAX_CAPTION):
 def _inside(location, name):
     """`name`, if it is a file name that does not lead out of its folder."""
     valid = isinstance(name, str) and name.isprintable() and re.match(r"[^/\\]", name)
-    if not valid or ".." in re.split(r"[/\\]", name):
+    if not valid or ".." in _parts(name):
         raise InputError(f"{location}: {ascii(name)[:200]} is not a file name, or leads out of its folder")
     return name
 
@@ -780,8 +784,7 @@ def open_image(path):
         limit = Image.MAX_IMAGE_PIXELS // 10 ** 6
         raise InputError(f"{path}: has more than {limit} million pixels; make it smaller") from None
     except Exception as error:  # PIL's readers raise whatever their parsers meet
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: cannot be read as an image ({reason})") from None
+        raise InputError(f"{path}: cannot be read as an image ({one_line(error)})") from None
 
 
 def noisy(wave, snr_db, generator, noise=None):
@@ -807,33 +810,34 @@ def noisy(wave, snr_db, generator, noise=None):
 UNFIT = (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError)
 
 
-def _pretrained(path, model_class, processor_class, dtype=torch.float32, **options):
+def _pretrained(path, model_class, processor_class, dtype=torch.float32, unused=(), **options):
     """A frozen model, its preprocessor, and the sha256 of the settings behind its output.
 
-    options: further arguments of the preprocessor's from_pretrained."""
+    unused: as in Encoder. options: further arguments of the preprocessor's from_pretrained."""
     local = Path(path).is_dir()
     if (Path(path) / "adapter_config.json").exists():
         # without the package peft, transformers would load the model and leave them out
         raise InputError(f"{path}: holds LoRA adapters; merge them into the model first (peft's merge_and_unload)")
+    kind, wanted = _model_type(str(path)), model_class.config_class.model_type
+    # a LLaVA-NeXT would load as a LLaVA, and fail at its first image
+    if kind not in (None, wanted):
+        raise InputError(f"{path}: is a {kind}; {model_class.__name__} needs a {wanted}")
     try:
-        # a LLaVA-NeXT would load as a LLaVA, and fail at its first image
-        config, _ = model_class.config_class.get_config_dict(path, local_files_only=local)
-        kind, wanted = config.get("model_type"), model_class.config_class.model_type
-        if kind not in (None, wanted):
-            raise InputError(f"{path}: is a {kind}; {model_class.__name__} needs a {wanted}")
         # safetensors only: a pickle in a downloaded folder could run anything
         model, report = model_class.from_pretrained(
             path, use_safetensors=True, local_files_only=local, dtype=dtype, output_loading_info=True)
         processor = processor_class.from_pretrained(path, local_files_only=local, **options)
-    except InputError:
-        raise
     # ImportError: a quantised checkpoint wants a package of its own
     except (*UNFIT, OSError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{path}: cannot be loaded as {model_class.__name__} ({reason}); give a "
+        raise InputError(f"{path}: cannot be loaded as {model_class.__name__} ({one_line(error)}); give a "
                          "checkpoint's folder or a hub name") from None
-    lacking = sorted(report["missing_keys"])
-    # transformers would draw them at random and go on
+    lacking = []
+    # transformers has drawn them at random
+    for name in sorted(report["missing_keys"]):
+        if name.startswith(unused):
+            model.state_dict()[name].zero_()  # the same in each process, for the model's hash
+        else:
+            lacking.append(name)
     if lacking:
         raise InputError(f"{path}: no {model_class.__name__}; {len(lacking)} weights lack: {lacking[0]}")
     settings = [model.config.to_dict(), getattr(processor, "feature_extractor", processor).to_dict()]
@@ -862,6 +866,8 @@ class Encoder:
     rate       samples a second of the waves that it takes; None for video
     frames     F, pictures of the videos that it takes; None for audio
     width      E
+    unused     beginnings of the names of weights that no frame depends on, such as those for training alone:
+               a checkpoint may lack them
     hash       sha256 of all that its frames depend on: weights, settings, and the window and the pooling where
                a class chooses them. It names the cache's files
     prepare(clip)
@@ -877,6 +883,7 @@ class Encoder:
 
     Raises InputError when it cannot be loaded."""
     modality = rate = frames = None
+    unused = ()
 
     def __init__(self, path, device, model, width, hash):
         self.path, self.device, self.width, self.hash = str(path), device, width, hash
@@ -1029,10 +1036,12 @@ class WhisperEncoder(AudioEncoder):
     ten seconds alone .14 s, and they hear as well: a linear probe of a clip's mean and deviation names 90.3%
     and 90.6% of ESC-10's recordings."""
     SECONDS, POOL = 10, 8
+    unused = ("decoder.",)
 
     def __init__(self, path, device="cpu"):
         from transformers import WhisperFeatureExtractor, WhisperModel
-        whole, self.extractor, settings = _pretrained(path, WhisperModel, WhisperFeatureExtractor)
+        whole, self.extractor, settings = _pretrained(
+            path, WhisperModel, WhisperFeatureExtractor, unused=self.unused)
         model, self.rate = whole.encoder, self.extractor.sampling_rate
         self.samples = self.extractor.hop_length * model.conv1.stride[0] * model.conv2.stride[0]  # of a position
         positions = min(self.SECONDS * self.rate // self.samples, model.config.max_source_positions)
@@ -1075,10 +1084,12 @@ class ASTEncoder(AudioEncoder):
 class PEAudioEncoder(AudioEncoder):
     """The audio side of Perception Encoder Audiovisual: windows of 10 s, 6.25 frames a second."""
     SECONDS, POOL = 10, 4
+    unused = ("audio_head.", "text_")
 
     def __init__(self, path, device="cpu"):
         from transformers import PeAudioFeatureExtractor, PeAudioModel
-        whole, self.extractor, settings = _pretrained(path, PeAudioModel, PeAudioFeatureExtractor)
+        whole, self.extractor, settings = _pretrained(
+            path, PeAudioModel, PeAudioFeatureExtractor, unused=self.unused)
         model, self.rate = whole.audio_encoder, self.extractor.sampling_rate
         hop = self.extractor.hop_length
         self.size = self.SECONDS * self.rate // hop * hop
@@ -1099,7 +1110,8 @@ class PEAudioEncoder(AudioEncoder):
 class VideoEncoder(Encoder):
     """What encoders of video share: .frames pictures a clip, .side pixels high and wide for the model.
 
-    A subclass makes (B, S, E) of a batch of pixels (B, F, 3, height, width) in `see`."""
+    A subclass makes (B, S, E) of a batch of pixels (B, F, 3, height, width) in `see`; or (B, moments * patches, E)
+    in `look`, with a moment for every `tubelet_size` pictures."""
     modality = "video"
 
     def prepare(self, video):
@@ -1114,6 +1126,10 @@ class VideoEncoder(Encoder):
             pixels = torch.stack(prepared[start:start + batch_size])
             frames += self.see(pixels.to(self.device, non_blocking=True))
         return frames
+
+    def see(self, pixels):
+        moments = self.frames // self.model.config.tubelet_size
+        return self.look(pixels).cpu().reshape(len(pixels), moments, -1, self.width).mean(2)
 
     def silence(self):
         """Black pictures."""
@@ -1148,30 +1164,28 @@ class VideoMAEEncoder(VideoEncoder):
         super().__init__(path, device, model, model.config.hidden_size, _hash_model(settings, model))
         self.frames, self.side = model.config.num_frames, model.config.image_size
 
-    def see(self, pixels):
-        B, moments = len(pixels), self.frames // self.model.config.tubelet_size
-        hidden = self.model(pixels).last_hidden_state.cpu()  # (B, moments * patches, E)
-        return hidden.reshape(B, moments, -1, self.width).mean(2)
+    def look(self, pixels):
+        return self.model(pixels).last_hidden_state
 
 
 class VJEPA2Encoder(VideoEncoder):
     """V-JEPA 2: a frame for every two of its pictures, 64 as released."""
+    unused = ("predictor.",)
 
     def __init__(self, path, device="cpu"):
         from transformers import VideoMAEImageProcessorPil, VJEPA2Model
         # its own processor does the same with torchvision, which nothing else here needs
         model, self.processor, settings = _pretrained(
-            path, VJEPA2Model, VideoMAEImageProcessorPil, image_processor_filename="video_preprocessor_config.json")
+            path, VJEPA2Model, VideoMAEImageProcessorPil, unused=self.unused,
+            image_processor_filename="video_preprocessor_config.json")
         super().__init__(path, device, model, model.config.hidden_size, _hash_model(settings, model))
         self.frames, self.side = model.config.frames_per_clip, model.config.crop_size
 
     def prepare(self, video):
         return super().prepare(video).half()  # 64 pictures of 256 pixels are 50 MB in float32, and many clips wait
 
-    def see(self, pixels):
-        B, moments = len(pixels), self.frames // self.model.config.tubelet_size
-        hidden = self.model.get_vision_features(pixels.float()).cpu()  # (B, moments * patches, E)
-        return hidden.reshape(B, moments, -1, self.width).mean(2)
+    def look(self, pixels):
+        return self.model.get_vision_features(pixels.float())
 
 
 # the `model_type` of a checkpoint's config.json: what it becomes here
@@ -1186,10 +1200,10 @@ def _model_type(path):
     from transformers import PreTrainedConfig
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, local_files_only=Path(path).is_dir())
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{path}: cannot be loaded ({reason}); give a checkpoint's folder or a hub name") from None
-    return config.get("model_type")
+        return config.get("model_type")
+    except (*UNFIT, OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be loaded ({one_line(error)}); give a checkpoint's folder or a hub "
+                         "name") from None
 
 
 @functools.lru_cache(maxsize=2)  # several runs in one process share their models
@@ -1418,10 +1432,10 @@ def _read_features(path, split):
     try:
         with safe_open(path, "pt") as file:
             ids, bad = (json.loads(file.metadata()[key]) for key in ("ids", "bad"))
+            bad = dict(bad)  # fails for a list of an older version, which could not decode some of these clips
             spans = list(itertools.pairwise(file.get_tensor("offsets").tolist()))
             features = Features(file.get_tensor("frames"), spans, ids)
-        older = bad and isinstance(bad, list)  # a version that could not decode some of these clips
-        if not older and ids == [clip.id for clip in split.clips if clip.id not in bad]:
+        if ids == [clip.id for clip in split.clips if clip.id not in bad]:
             return features, bad
     except FileNotFoundError:
         return None
@@ -1494,8 +1508,8 @@ class Backbone:
         image, reason = config.image_token_id, "it does not"
         try:
             ids = self.tokenizer(self.chat("question", image=True)).input_ids
-        except (jinja2.TemplateError, TypeError, ValueError) as e:
-            ids, reason = [], " ".join(str(e).split())[:160]
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            ids, reason = [], one_line(error)
         if ids.count(image) != 1:
             raise InputError(f"{self.path}: a question about an image must hold one token {image}, "
                              f"{processor.image_token} ({reason}); the folder needs the model's "
@@ -1512,9 +1526,8 @@ class Backbone:
             with torch.inference_mode(), self.autocast():
                 self.llava(input_ids=torch.tensor([ids], device=self.device), pixel_values=pixels, logits_to_keep=1)
         except UNFIT as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{self.path}: cannot answer a question about an image ({reason}); its parts do not "
-                             "fit together, or the device has too little memory") from None
+            raise InputError(f"{self.path}: cannot answer a question about an image ({one_line(error)}); its parts "
+                             "do not fit together, or the device has too little memory") from None
 
     def _answer_format(self):
         """(text between a prompt and its answer, id of the token that ends an answer).
@@ -1737,8 +1750,8 @@ def unpack(sources, out):
                 tmp.unlink()
             writer = _Writer(out, any(columns[path]["youtube"] for path, _ in files))
             _write_sounds(files, columns, count, writer)
-            printed, written = writer.finish()
-            write_json(state, {"sources": fingerprints, "printed": printed, "written": written})
+            printed = writer.finish()
+            write_json(state, {"sources": fingerprints, "printed": printed, "files": _count_files(out)})
         print(*printed, sep="\n")
     except OSError as error:
         raise InputError(f"{error.filename or out}: cannot be read or written ({error.strerror})") from None
@@ -1817,11 +1830,13 @@ def _read_state(state, sources):
     done = read_json(state, "; give a new folder")
     if done.get("sources") != sources:
         raise InputError(f"{out}: was unpacked from other files than these; give a new folder")
-    for name, count in done.get("written", {}).items():
-        path = out / name
-        if not path.exists() or path.is_dir() and len(os.listdir(path)) < count:
-            return None
-    return done.get("printed")
+    # a table or a sound may have been taken away since
+    return done["printed"] if _count_files(out) >= done.get("files", math.inf) else None
+
+
+def _count_files(out):
+    """Of the tables and sounds in an unpacked data set."""
+    return len([*out.glob("*.csv"), *out.glob("*/*")])
 
 
 def _is_parquet(path):
@@ -1834,22 +1849,24 @@ def _plan(files):
     Raises InputError if that leaves none, and if some have YouTube ids and others have not."""
     columns, count, useless = {}, 0, []
     for path, _ in files:
-        columns[path], rows = _parquet_columns(path) if _is_parquet(path) else _json_columns(path)
-        if isinstance(columns[path], str):
-            useless.append(columns.pop(path))
+        chosen, rows = _parquet_columns(path) if _is_parquet(path) else _json_columns(path)
+        if isinstance(chosen, str):
+            useless.append(chosen)
         else:
+            columns[path] = chosen
             count += rows
     if not columns:
         raise InputError(useless[0])
     if useless:
         print(f"{useless[0]}; {len(useless)} of {len(files)} files are left out")
-    with_ids = [path for path in columns if columns[path]["youtube"]]
-    without = [path for path in columns if not columns[path]["youtube"]]
-    if with_ids and without:
-        raise InputError(f"{with_ids[0]} has YouTube ids and {without[0]} has none, so they are two data sets; "
-                         "unpack one at a time")
-    if with_ids and not columns[with_ids[0]]["start"]:
-        print(f"{with_ids[0]}: has no start times; the tables have 0 in their place")
+    examples = {}  # of files with YouTube ids, and of files without
+    for path in columns:
+        examples.setdefault(bool(columns[path]["youtube"]), path)
+    if len(examples) == 2:
+        raise InputError(f"{examples[True]} has YouTube ids and {examples[False]} has none, so they are two data "
+                         "sets; unpack one at a time")
+    if True in examples and not columns[examples[True]]["start"]:
+        print(f"{examples[True]}: has no start times; the tables have 0 in their place")
     return [file for file in files if file[0] in columns], columns, count
 
 
@@ -1960,8 +1977,7 @@ def _parquet(path):
         with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             yield file
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: cannot be read as parquet ({reason})") from None
+        raise InputError(f"{path}: cannot be read as parquet ({one_line(error)})") from None
 
 
 def _parquet_columns(path):
@@ -2087,11 +2103,10 @@ def _seconds(value, column):
 def _texts(value):
     """The captions in a cell: a text, a list, a list as text, records with a caption (and perhaps a language)."""
     if isinstance(value, str):
-        if value.strip()[:1] in ("[", "{"):
-            for parse in (json.loads, ast.literal_eval):
-                with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                    if isinstance(inner := parse(value.strip()), list | dict) and (texts := _texts(inner)):
-                        return texts
+        for parse in (json.loads, ast.literal_eval) if value.strip()[:1] in ("[", "{") else ():
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                if texts := _texts(parse(value.strip())):
+                    return texts
         return [value]
     texts = []
     if isinstance(value, list):
@@ -2202,7 +2217,7 @@ class _Writer:
 
     def free_name(self, split, name, owner):
         """A file name near `name` that leads nowhere, works on every system, and is nothing else's."""
-        name = unicodedata.normalize("NFC", re.split(r"[/\\]", name)[-1])
+        name = unicodedata.normalize("NFC", _parts(name)[-1])
         name = re.sub("[\u200b-\u200f\ufeff]", "", re.sub(r"\s+", " ", name))
         name = "".join(c if c.isprintable() and c not in '<>:"|?*' else "_" for c in name)
         name = name.encode()[:160].decode(errors="ignore").strip(" .")
@@ -2217,23 +2232,17 @@ class _Writer:
 
     def write(self, path, sound):
         """Write a sound; one that is there was written whole by an earlier start."""
-        size = len(sound) if isinstance(sound, bytes) else os.path.getsize(sound)
-        if path.exists() and path.stat().st_size == size:
+        if path.exists():
             return
         path.parent.mkdir(exist_ok=True)
         with _replacing(path) as tmp:
             if isinstance(sound, bytes):
                 tmp.write_bytes(sound)
-                return
-            try:
-                os.link(os.path.realpath(sound), tmp)  # takes no room
-            except OSError:  # another disk, or one without links
+            else:
                 shutil.copyfile(sound, tmp)
 
     def finish(self):
-        """Write the tables of the clips that have a sound.
-
-        Returns lines that say what there is, and {table or folder: its number of clips}."""
+        """Write the tables of the clips that have a sound. Returns lines that say what there is."""
         tables, given = {}, set()
         for split, clips in self.clips.items():
             for clip in clips.values():
@@ -2243,17 +2252,16 @@ class _Writer:
         if not tables:
             raise InputError(f"{self.out}: no clip has both a sound and a caption "
                              f"({'; '.join(self.left_out.lines()) or 'there are no rows'})")
-        dataset, printed, written = "audiocaps" if self.audiocaps else "clotho", [], {}
+        dataset, printed = "audiocaps" if self.audiocaps else "clotho", []
         free_numbers = (str(n) for n in itertools.count(1) if str(n) not in given)
         for split, clips in tables.items():
             rows = self.audiocaps_rows(clips, free_numbers) if self.audiocaps else self.clotho_rows(clips)
             table, text = _table_name(dataset, split), io.StringIO()
             csv.writer(text, lineterminator="\n").writerows(rows)
             write_text(self.out / table, text.getvalue())
-            written |= {table: len(clips), self.folder(split).name: len(clips)}
             captions = sum(len(clip.captions) for clip in clips)
             printed.append(f"{table}: {len(clips):,} clips, {captions:,} captions")
-        return [*printed, f"for --dataset {dataset}", *self.left_out.lines()], written
+        return [*printed, f"for --dataset {dataset}", *self.left_out.lines()]
 
     def audiocaps_rows(self, clips, free_numbers):
         """Rows of a table; a caption without an audiocap_id of its own gets a free number."""
