@@ -109,7 +109,7 @@ def test_the_contract(encoder, folders):
     for frames in encoder.encode([encoder.silence(), *clips]):
         assert frames.shape[1] == encoder.width and frames.dtype == torch.float32 and frames.isfinite().all()
         if encoder.rate:
-            assert 2 < len(frames) / window(encoder) < 10.5  # frames a second
+            assert 1.5 < len(frames) / window(encoder) < 10.5  # frames a second
     assert encoder.encode([]) == []
     # another folder with the same in it is the same encoder
     kind = type(encoder)
