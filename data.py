@@ -68,6 +68,7 @@ UNSAFE = r"""[<>:"/\\|?*'‘’“”\u29f8\uf000-\uf0ff\x00-\x1f]"""  # what fi
 CHUNK = 16  # clips that an encoder takes at once
 THREADS = min(16, os.cpu_count())  # more would wait for Python's lock, held for a fifth of decoding or more
 KEPT_QUESTIONS = 1000  # of train.py's --keep-qa
+MAX_CAPTION = 2000  # characters
 MAX_CHARACTERS = 20_000  # of a question or an answer
 IMAGE = "<image>"  # the image's place in the files of LLaVA-Instruct
 CACHE_FORMAT = {"audio": 1, "video": 2, "clap": 1}  # raise it when decoding, windows or pooling change
@@ -113,6 +114,11 @@ def read_json(path, hint=""):
         return json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error}){hint}") from None
+
+
+def one_line(error):
+    """A library's message as the part of a line."""
+    return " ".join(str(error).split())[:300]
 
 
 def print_escaped(text):
@@ -207,7 +213,7 @@ def read_split(dataset, root, split):
         *others, last = READERS
         raise InputError(f"{dataset} {split}: choose {', '.join(others)} or {last} and train, val or test")
     root = Path(root)
-    table = root / (f"clotho_captions_{CLOTHO[split]}.csv" if dataset == "clotho" else f"{split}.csv")
+    table = root / _table_name(dataset, split)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the one that holds {table.name}")
     words = FOLDERS | DCASE if dataset == "clotho" else FOLDERS
@@ -241,6 +247,10 @@ def read_split(dataset, root, split):
                              f"{root} or a folder below; {hint}")
         print_once(f"{table}: {len(missing)} of {len(clips)} clips, such as {missing[0]}, have no file; {hint}")
     return Split(split, [clip for clip in clips if clip.path], missing)
+
+
+def _table_name(dataset, split):
+    return f"clotho_captions_{CLOTHO[split]}.csv" if dataset == "clotho" else f"{split}.csv"
 
 
 def _walk(root, words):
@@ -280,12 +290,11 @@ def _match(table, wanted, files, rank):
         for key in keys:
             index.setdefault(key, []).append(path)
     # place by place, so that a file goes to the name that wants it most
-    for place in range(max(map(len, wanted.values()))):
+    for keys in itertools.zip_longest(*wanted.values()):
         claims = {}
-        for name, keys in wanted.items():
-            if name not in matches and place < len(keys):
-                for path in index.get(keys[place], ()):
-                    claims.setdefault(path, []).append(name)
+        for name, key in zip(wanted, keys):
+            for path in index.get(key, ()) if name not in matches else ():
+                claims.setdefault(path, []).append(name)
         for path, names in claims.items():
             if path not in taken and len(names) == 1:
                 matches.setdefault(names[0], []).append(path)
@@ -518,7 +527,7 @@ def _text(path):
         raise InputError(f"{path}:{line}: is not UTF-8; save the file as UTF-8") from None
 
 
-def _clean(location, text, max_characters=2000):
+def _clean(location, text, max_characters=MAX_CAPTION):
     """One line of printable text: white space collapsed, terminal escapes and control characters removed."""
     if len(text) > max_characters:
         raise InputError(f"{location}: has a text of {len(text):,} characters; the limit is {max_characters:,}")
@@ -530,7 +539,7 @@ def _clean(location, text, max_characters=2000):
 def _inside(location, name):
     """`name`, if it is a file name that does not lead out of its folder."""
     valid = isinstance(name, str) and name.isprintable() and re.match(r"[^/\\]", name)
-    if not valid or ".." in re.split(r"[/\\]", name):
+    if not valid or ".." in _parts(name):
         raise InputError(f"{location}: {ascii(name)[:200]} is not a file name, or leads out of its folder")
     return name
 
@@ -775,8 +784,7 @@ def open_image(path):
         limit = Image.MAX_IMAGE_PIXELS // 10 ** 6
         raise InputError(f"{path}: has more than {limit} million pixels; make it smaller") from None
     except Exception as error:  # PIL's readers raise whatever their parsers meet
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: cannot be read as an image ({reason})") from None
+        raise InputError(f"{path}: cannot be read as an image ({one_line(error)})") from None
 
 
 def noisy(wave, snr_db, generator, noise=None):
@@ -802,33 +810,34 @@ def noisy(wave, snr_db, generator, noise=None):
 UNFIT = (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError)
 
 
-def _pretrained(path, model_class, processor_class, dtype=torch.float32, **options):
+def _pretrained(path, model_class, processor_class, dtype=torch.float32, unused=(), **options):
     """A frozen model, its preprocessor, and the sha256 of the settings behind its output.
 
-    options: further arguments of the preprocessor's from_pretrained."""
+    unused: as in Encoder. options: further arguments of the preprocessor's from_pretrained."""
     local = Path(path).is_dir()
     if (Path(path) / "adapter_config.json").exists():
         # without the package peft, transformers would load the model and leave them out
         raise InputError(f"{path}: holds LoRA adapters; merge them into the model first (peft's merge_and_unload)")
+    kind, wanted = _model_type(str(path)), model_class.config_class.model_type
+    # a LLaVA-NeXT would load as a LLaVA, and fail at its first image
+    if kind not in (None, wanted):
+        raise InputError(f"{path}: is a {kind}; {model_class.__name__} needs a {wanted}")
     try:
-        # a LLaVA-NeXT would load as a LLaVA, and fail at its first image
-        config, _ = model_class.config_class.get_config_dict(path, local_files_only=local)
-        kind, wanted = config.get("model_type"), model_class.config_class.model_type
-        if kind not in (None, wanted):
-            raise InputError(f"{path}: is a {kind}; {model_class.__name__} needs a {wanted}")
         # safetensors only: a pickle in a downloaded folder could run anything
         model, report = model_class.from_pretrained(
             path, use_safetensors=True, local_files_only=local, dtype=dtype, output_loading_info=True)
         processor = processor_class.from_pretrained(path, local_files_only=local, **options)
-    except InputError:
-        raise
     # ImportError: a quantised checkpoint wants a package of its own
     except (*UNFIT, OSError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{path}: cannot be loaded as {model_class.__name__} ({reason}); give a "
+        raise InputError(f"{path}: cannot be loaded as {model_class.__name__} ({one_line(error)}); give a "
                          "checkpoint's folder or a hub name") from None
-    lacking = sorted(report["missing_keys"])
-    # transformers would draw them at random and go on
+    lacking = []
+    # transformers has drawn them at random
+    for name in sorted(report["missing_keys"]):
+        if name.startswith(unused):
+            model.state_dict()[name].zero_()  # the same in each process, for the model's hash
+        else:
+            lacking.append(name)
     if lacking:
         raise InputError(f"{path}: no {model_class.__name__}; {len(lacking)} weights lack: {lacking[0]}")
     settings = [model.config.to_dict(), getattr(processor, "feature_extractor", processor).to_dict()]
@@ -857,6 +866,8 @@ class Encoder:
     rate       samples a second of the waves that it takes; None for video
     frames     F, pictures of the videos that it takes; None for audio
     width      E
+    unused     beginnings of the names of weights that no frame depends on, such as those for training alone:
+               a checkpoint may lack them
     hash       sha256 of all that its frames depend on: weights, settings, and the window and the pooling where
                a class chooses them. It names the cache's files
     prepare(clip)
@@ -872,6 +883,7 @@ class Encoder:
 
     Raises InputError when it cannot be loaded."""
     modality = rate = frames = None
+    unused = ()
 
     def __init__(self, path, device, model, width, hash):
         self.path, self.device, self.width, self.hash = str(path), device, width, hash
@@ -1024,10 +1036,12 @@ class WhisperEncoder(AudioEncoder):
     ten seconds alone .14 s, and they hear as well: a linear probe of a clip's mean and deviation names 90.3%
     and 90.6% of ESC-10's recordings."""
     SECONDS, POOL = 10, 8
+    unused = ("decoder.",)
 
     def __init__(self, path, device="cpu"):
         from transformers import WhisperFeatureExtractor, WhisperModel
-        whole, self.extractor, settings = _pretrained(path, WhisperModel, WhisperFeatureExtractor)
+        whole, self.extractor, settings = _pretrained(
+            path, WhisperModel, WhisperFeatureExtractor, unused=self.unused)
         model, self.rate = whole.encoder, self.extractor.sampling_rate
         self.samples = self.extractor.hop_length * model.conv1.stride[0] * model.conv2.stride[0]  # of a position
         positions = min(self.SECONDS * self.rate // self.samples, model.config.max_source_positions)
@@ -1047,12 +1061,14 @@ class WhisperEncoder(AudioEncoder):
 
 
 class ASTEncoder(AudioEncoder):
-    """The Audio Spectrogram Transformer: windows of 10.24 s as released, 101 frames each."""
+    """The Audio Spectrogram Transformer: windows of 10.24 s as released, 34 frames each."""
+    POOL = 3
 
     def __init__(self, path, device="cpu"):
         from transformers import ASTFeatureExtractor, ASTModel
         model, self.extractor, settings = _pretrained(path, ASTModel, ASTFeatureExtractor)
-        super().__init__(path, device, model, model.config.hidden_size, _hash_model(settings, model))
+        hash = _hash_model(f"{settings} {self.POOL}", model)
+        super().__init__(path, device, model, model.config.hidden_size, hash)
         self.rate = self.extractor.sampling_rate
         self.size = self.extractor.max_length * self.rate // 100  # a column of the spectrogram every 10 ms
 
@@ -1064,16 +1080,20 @@ class ASTEncoder(AudioEncoder):
     def hear(self, spectrograms):
         hidden = self.model(spectrograms).last_hidden_state[:, 2:]  # without the class and distillation tokens
         frequencies, S = self.model.embeddings.get_shape(self.model.config)
-        return hidden.reshape(len(hidden), frequencies, S, self.width).mean(1)
+        return _mean_of(hidden.reshape(len(hidden), frequencies, S, self.width).mean(1), self.POOL)
 
 
 class PEAudioEncoder(AudioEncoder):
-    """The audio side of Perception Encoder Audiovisual: windows of 10 s, 6.25 frames a second."""
-    SECONDS, POOL = 10, 4
+    """The audio side of Perception Encoder Audiovisual: windows of 10 s, 16 frames each, as many as modality tokens.
+
+    Its frames are 1,792 wide: more of them would make more than 3 GB of AudioCaps."""
+    SECONDS, POOL = 10, 16
+    unused = ("audio_head.", "text_")
 
     def __init__(self, path, device="cpu"):
         from transformers import PeAudioFeatureExtractor, PeAudioModel
-        whole, self.extractor, settings = _pretrained(path, PeAudioModel, PeAudioFeatureExtractor)
+        whole, self.extractor, settings = _pretrained(
+            path, PeAudioModel, PeAudioFeatureExtractor, unused=self.unused)
         model, self.rate = whole.audio_encoder, self.extractor.sampling_rate
         hop = self.extractor.hop_length
         self.size = self.SECONDS * self.rate // hop * hop
@@ -1094,7 +1114,8 @@ class PEAudioEncoder(AudioEncoder):
 class VideoEncoder(Encoder):
     """What encoders of video share: .frames pictures a clip, .side pixels high and wide for the model.
 
-    A subclass makes (B, S, E) of a batch of pixels (B, F, 3, height, width) in `see`."""
+    A subclass makes (B, S, E) of a batch of pixels (B, F, 3, height, width) in `see`; or (B, moments * patches, E)
+    in `look`, with a moment for every `tubelet_size` pictures."""
     modality = "video"
 
     def prepare(self, video):
@@ -1109,6 +1130,10 @@ class VideoEncoder(Encoder):
             pixels = torch.stack(prepared[start:start + batch_size])
             frames += self.see(pixels.to(self.device, non_blocking=True))
         return frames
+
+    def see(self, pixels):
+        moments = self.frames // self.model.config.tubelet_size
+        return self.look(pixels).cpu().reshape(len(pixels), moments, -1, self.width).mean(2)
 
     def silence(self):
         """Black pictures."""
@@ -1143,30 +1168,28 @@ class VideoMAEEncoder(VideoEncoder):
         super().__init__(path, device, model, model.config.hidden_size, _hash_model(settings, model))
         self.frames, self.side = model.config.num_frames, model.config.image_size
 
-    def see(self, pixels):
-        B, moments = len(pixels), self.frames // self.model.config.tubelet_size
-        hidden = self.model(pixels).last_hidden_state.cpu()  # (B, moments * patches, E)
-        return hidden.reshape(B, moments, -1, self.width).mean(2)
+    def look(self, pixels):
+        return self.model(pixels).last_hidden_state
 
 
 class VJEPA2Encoder(VideoEncoder):
     """V-JEPA 2: a frame for every two of its pictures, 64 as released."""
+    unused = ("predictor.",)
 
     def __init__(self, path, device="cpu"):
         from transformers import VideoMAEImageProcessorPil, VJEPA2Model
         # its own processor does the same with torchvision, which nothing else here needs
         model, self.processor, settings = _pretrained(
-            path, VJEPA2Model, VideoMAEImageProcessorPil, image_processor_filename="video_preprocessor_config.json")
+            path, VJEPA2Model, VideoMAEImageProcessorPil, unused=self.unused,
+            image_processor_filename="video_preprocessor_config.json")
         super().__init__(path, device, model, model.config.hidden_size, _hash_model(settings, model))
         self.frames, self.side = model.config.frames_per_clip, model.config.crop_size
 
     def prepare(self, video):
         return super().prepare(video).half()  # 64 pictures of 256 pixels are 50 MB in float32, and many clips wait
 
-    def see(self, pixels):
-        B, moments = len(pixels), self.frames // self.model.config.tubelet_size
-        hidden = self.model.get_vision_features(pixels.float()).cpu()  # (B, moments * patches, E)
-        return hidden.reshape(B, moments, -1, self.width).mean(2)
+    def look(self, pixels):
+        return self.model.get_vision_features(pixels.float())
 
 
 # the `model_type` of a checkpoint's config.json: what it becomes here
@@ -1181,10 +1204,10 @@ def _model_type(path):
     from transformers import PreTrainedConfig
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, local_files_only=Path(path).is_dir())
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{path}: cannot be loaded ({reason}); give a checkpoint's folder or a hub name") from None
-    return config.get("model_type")
+        return config.get("model_type")
+    except (*UNFIT, OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be loaded ({one_line(error)}); give a checkpoint's folder or a hub "
+                         "name") from None
 
 
 @functools.lru_cache(maxsize=2)  # several runs in one process share their models
@@ -1413,10 +1436,10 @@ def _read_features(path, split):
     try:
         with safe_open(path, "pt") as file:
             ids, bad = (json.loads(file.metadata()[key]) for key in ("ids", "bad"))
+            bad = dict(bad)  # fails for a list of an older version, which could not decode some of these clips
             spans = list(itertools.pairwise(file.get_tensor("offsets").tolist()))
             features = Features(file.get_tensor("frames"), spans, ids)
-        older = bad and isinstance(bad, list)  # a version that could not decode some of these clips
-        if not older and ids == [clip.id for clip in split.clips if clip.id not in bad]:
+        if ids == [clip.id for clip in split.clips if clip.id not in bad]:
             return features, bad
     except FileNotFoundError:
         return None
@@ -1489,8 +1512,8 @@ class Backbone:
         image, reason = config.image_token_id, "it does not"
         try:
             ids = self.tokenizer(self.chat("question", image=True)).input_ids
-        except (jinja2.TemplateError, TypeError, ValueError) as e:
-            ids, reason = [], " ".join(str(e).split())[:160]
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            ids, reason = [], one_line(error)
         if ids.count(image) != 1:
             raise InputError(f"{self.path}: a question about an image must hold one token {image}, "
                              f"{processor.image_token} ({reason}); the folder needs the model's "
@@ -1507,9 +1530,8 @@ class Backbone:
             with torch.inference_mode(), self.autocast():
                 self.llava(input_ids=torch.tensor([ids], device=self.device), pixel_values=pixels, logits_to_keep=1)
         except UNFIT as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{self.path}: cannot answer a question about an image ({reason}); its parts do not "
-                             "fit together, or the device has too little memory") from None
+            raise InputError(f"{self.path}: cannot answer a question about an image ({one_line(error)}); its parts "
+                             "do not fit together, or the device has too little memory") from None
 
     def _answer_format(self):
         """(text between a prompt and its answer, id of the token that ends an answer).
@@ -1664,6 +1686,7 @@ def from_folder(path, folder):
 
 PLAIN_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                 "test": "test", "testing": "test"}  # beside these, dev and eval have other meanings than Clotho's
+SPLIT_WORDS = FOLDERS | PLAIN_SPLITS
 COLUMNS = {  # what a column is for: its name, in lower case and without _ and the like
     "youtube": "youtubeid|ytid|ytvideoid|youtubevideoid",
     "video": "videoid",  # YouTube's beside a start time
@@ -1682,12 +1705,20 @@ REFERENCES = ("captions?[0-9]*|rawtexts?|rawcaptions?", "captions?(en|eng|englis
 SOUNDS = ("audio", "(audio|sound|wav|flac|mp3|ogg|opus|m4a|context|speech|wave|waveform)(s|file|bytes|data)?",
           "bytes|data|content|array|samples", ".*(audio|sound|wav).*", "(?!.*(image|img|picture|photo|video|mp4)).*",
           ".*(video|mp4)")  # the first that is there; a picture is none
-PATHS = "audio|sound|wav|flac|mp3|source"  # text in them is the path of a sound, as in those with a path or name
+PATHS = ("audio|sound|wav|flac|mp3|source", COLUMNS["path"], COLUMNS["name"])  # text in them is the path of a sound
+FORMATS = {  # extension: what a sound or video begins with, the first that fits; some encoders write zeros first
+    ".wav": rb"(RIFF|RF64|BW64)....WAVE", ".avi": rb"(RIFF|RF64|BW64)....AVI ",
+    ".m4a": rb"....ftypM4[AB] ", ".mov": rb"....ftypqt  ", ".mp4": rb"....ftyp",
+    ".webm": rb"\x1aE\xdf\xa3.{0,120}webm", ".mkv": rb"\x1aE\xdf\xa3",
+    ".opus": rb"OggS.{0,116}OpusHead", ".ogg": rb"OggS", ".flac": rb"fLaC", ".aif": rb"FORM....AIF[FC]",
+    ".au": rb"\.snd", ".flv": rb"FLV\x01", ".wma": rb"0&\xb2u\x8ef\xcf\x11", ".mpg": rb"\0\0\x01\xba",
+    ".aac": rb"\0*\xff[\xf0\xf1\xf8\xf9]",
+    ".mp3": rb"\0*\xff[\xe2-\xe5\xea-\xed\xf2-\xf5\xfa-\xfd][\x10-\xef].",
+}
 LANGUAGES = ("english french german spanish italian portuguese dutch chinese mandarin japanese korean arabic hindi "
              "russian turkish polish swedish finnish greek czech vietnamese indonesian bengali urdu thai persian "
              "en fr de es it pt nl zh ja ko ar hi ru tr pl sv fi el cs vi id bn ur th fa").split()
 ROWS = 16  # that are in memory at once; a sound may have 10 MB
-CAPTION_CHARACTERS = 2000  # as _clean allows when the tables are read
 
 
 def _plain(name):
@@ -1723,8 +1754,8 @@ def unpack(sources, out):
                 tmp.unlink()
             writer = _Writer(out, any(columns[path]["youtube"] for path, _ in files))
             _write_sounds(files, columns, count, writer)
-            printed, written = writer.finish()
-            write_json(state, {"sources": fingerprints, "printed": printed, "written": written})
+            printed = writer.finish()
+            write_json(state, {"sources": fingerprints, "printed": printed, "files": _count_files(out)})
         print(*printed, sep="\n")
     except OSError as error:
         raise InputError(f"{error.filename or out}: cannot be read or written ({error.strerror})") from None
@@ -1791,28 +1822,25 @@ def _read_state(state, sources):
     """What was printed when these sources were unpacked beside `state`, None if that is still to be done.
 
     Raises InputError if the folder is of something else."""
-    out = state.parent
-    if out.exists() and not out.is_dir():
+    out, others = state.parent, []
+    if out.is_dir():
+        others = [name for name in os.listdir(out) if not name.startswith("unpack.")]
+    elif out.exists():
         raise InputError(f"{out}: is a file; give a new folder")
-    if not state.exists():
-        others = [name for name in (os.listdir(out) if out.exists() else []) if not name.startswith("unpack.")]
-        if others:
-            raise InputError(f"{out}: holds something else, such as {ascii(min(others))}; give a new folder")
+    if not others:
         return None
-    try:
-        done = json.loads(_text(state))
-        same, written = done["sources"] == sources, done.get("written")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        same, written = False, None
-    if not same:
-        if all(name.startswith("unpack.") for name in os.listdir(out)):
-            return None  # an earlier start found nothing to write
+    if not state.exists():
+        raise InputError(f"{out}: holds something else, such as {ascii(min(others))}; give a new folder")
+    done = read_json(state, "; give a new folder")
+    if done.get("sources") != sources:
         raise InputError(f"{out}: was unpacked from other files than these; give a new folder")
-    for name, count in (written or {}).items():
-        path = out / name
-        if not path.exists() or path.is_dir() and len(os.listdir(path)) < count:
-            return None
-    return done.get("printed")
+    # a table or a sound may have been taken away since
+    return done["printed"] if _count_files(out) >= done.get("files", math.inf) else None
+
+
+def _count_files(out):
+    """Of the tables and sounds in an unpacked data set."""
+    return len([*out.glob("*.csv"), *out.glob("*/*")])
 
 
 def _is_parquet(path):
@@ -1825,22 +1853,24 @@ def _plan(files):
     Raises InputError if that leaves none, and if some have YouTube ids and others have not."""
     columns, count, useless = {}, 0, []
     for path, _ in files:
-        columns[path], rows = _parquet_columns(path) if _is_parquet(path) else _json_columns(path)
-        if isinstance(columns[path], str):
-            useless.append(columns.pop(path))
+        chosen, rows = _parquet_columns(path) if _is_parquet(path) else _json_columns(path)
+        if isinstance(chosen, str):
+            useless.append(chosen)
         else:
+            columns[path] = chosen
             count += rows
     if not columns:
         raise InputError(useless[0])
     if useless:
         print(f"{useless[0]}; {len(useless)} of {len(files)} files are left out")
-    with_ids = [path for path in columns if columns[path]["youtube"]]
-    without = [path for path in columns if not columns[path]["youtube"]]
-    if with_ids and without:
-        raise InputError(f"{with_ids[0]} has YouTube ids and {without[0]} has none, so they are two data sets; "
-                         "unpack one at a time")
-    if with_ids and not columns[with_ids[0]]["start"]:
-        print(f"{with_ids[0]}: has no start times; the tables have 0 in their place")
+    examples = {}  # of files with YouTube ids, and of files without
+    for path in columns:
+        examples.setdefault(bool(columns[path]["youtube"]), path)
+    if len(examples) == 2:
+        raise InputError(f"{examples[True]} has YouTube ids and {examples[False]} has none, so they are two data "
+                         "sets; unpack one at a time")
+    if True in examples and not columns[examples[True]]["start"]:
+        print(f"{examples[True]}: has no start times; the tables have 0 in their place")
     return [file for file in files if file[0] in columns], columns, count
 
 
@@ -1849,12 +1879,14 @@ def _write_sounds(files, columns, count, writer):
     splits = _file_splits(files)
     with tqdm(total=count, desc="unpacking", unit=" rows", disable=None) as bar:
         for path, root in files:
-            rows = _parquet_rows(path, columns[path]) if _is_parquet(path) else _json_rows(path)
+            rows = _parquet_rows(path, columns[path]) if _is_parquet(path) else _records(path)
             for location, cells in rows:
-                split = _row_split(cells, columns[path]) or splits[path] or "train"
-                row = _read_row(location, cells, columns[path], (path.parent, root), writer.left_out)
-                if row and row.key:
-                    writer.add(split, row, location)
+                # a file may hold all three splits, and name them in a column
+                word = str(cells.get(columns[path]["split"])).strip().lower()
+                split = SPLIT_WORDS.get(word) or splits[path] or "train"
+                row, sound = _read_row(location, cells, columns[path], (path.parent, root), writer.left_out)
+                if row:
+                    writer.add(split, row, sound, location)
                 bar.update()
 
 
@@ -1873,252 +1905,185 @@ def _file_splits(files):
     words = {}
     for path, root in files:
         names = [path.name, *(parent.name for parent in path.parents if parent != root and root in parent.parents)]
-        if root.resolve().name.lower() in FOLDERS | PLAIN_SPLITS:  # only then is it more than a name
+        if root.resolve().name.lower() in SPLIT_WORDS:  # only then is it more than a name
             names.append(root.resolve().name)
         words[path] = next(filter(None, map(_split_word, names)), None)
-    seen, meaning = set(words.values()), FOLDERS | PLAIN_SPLITS
+    seen, meaning = set(words.values()), SPLIT_WORDS
     has = {PLAIN_SPLITS.get(word) for word in seen}
     if "val" not in has:
         # Clotho trains on dev and tests on eval; beside a train or a test these are for validation
         if "train" in has:
-            meaning |= {"dev": "val", "development": "val"}
+            meaning = meaning | {"dev": "val", "development": "val"}
         if "test" in has and not seen & {"dev", "development"}:
-            meaning |= {"eval": "val", "evaluation": "val"}
+            meaning = meaning | {"eval": "val", "evaluation": "val"}
     return {path: word and meaning[word] for path, word in words.items()}
 
 
-def _row_split(row, columns):
-    """The split in a column of that name, where it is one word: a file may hold all three."""
-    word = str(columns["split"] and row[columns["split"]]).strip().lower()
-    return (FOLDERS | PLAIN_SPLITS).get(word)
-
-
 # ------------------------------------- which column is what
+
+def _matching(names, patterns):
+    """Those of the names that match the first pattern that any of them matches."""
+    for pattern in patterns:
+        matching = [name for name in names if re.fullmatch(pattern, _plain(name))]
+        if matching:
+            return matching
+    return []
+
+
+def _reference_columns(names):
+    """The names of the first kind in REFERENCES that is among them; caption_2 before caption_10."""
+    return sorted(_matching(names, REFERENCES), key=lambda name: int("0" + re.sub("[^0-9]", "", name)))
+
 
 def _choose_columns(path, kinds):
     """{role: column or None} and "references": columns, from {column: "sound", "numbers", "text" or None}.
 
     Where there are no sounds or no captions: a text that says so."""
+    of_kind = {"sound": [], "numbers": [], "text": [], None: []}
+    for column, kind in kinds.items():
+        of_kind[kind].append(column)
     columns = {}
     for role, names in COLUMNS.items():
-        matching = [column for column in kinds if re.fullmatch(names, _plain(column))]
-        columns[role] = matching[0] if matching else None
+        columns[role] = next(iter(_matching(kinds, [names])), None)
     if not columns["youtube"] and columns["start"]:
         columns["youtube"] = columns["video"]
-    texts = [column for column in kinds if kinds[column] == "text"]
-    columns["references"] = _reference_columns(texts)
-    columns["sound"] = _sound_column(kinds)
+    columns["references"] = _reference_columns(of_kind["text"])
+    # sounds themselves, else samples, else the paths of sounds
+    sounds = _matching(of_kind["sound"], SOUNDS) or _matching(of_kind["numbers"], SOUNDS[:3])
+    columns["sound"] = next(iter(sounds or _matching(of_kind["text"], PATHS)), None)
     for role, missing in (("sound", "is no sound"), ("references", "are no captions")):
         if not columns[role]:
             return f"{path}: there {missing} in it (its columns: {', '.join(map(ascii, kinds))[:300]})"
     return columns
 
 
-def _reference_columns(names):
-    """The names of the first kind in REFERENCES that is among them; caption_2 before caption_10."""
-    for kind in REFERENCES:
-        matching = [name for name in names if re.fullmatch(kind, _plain(name))]
-        if matching:
-            return sorted(matching, key=lambda name: int("0" + re.sub("[^0-9]", "", name)))
-    return []
+def _json_columns(path):
+    """(columns, number of rows) of a JSONL file."""
+    kinds, records = {}, _records(path)
+    for location, record in records:
+        if not isinstance(record, dict):
+            raise InputError(f"{location}: is no object with a sound and its caption, such as key, source, target")
+        for name, value in record.items():
+            kinds[name] = "text" if isinstance(value, str | list | dict) else kinds.get(name)
+    return _choose_columns(path, kinds), len(records)
 
 
-def _sound_column(kinds):
-    """The column that holds sounds, else samples, else the paths of sounds; None if there is none."""
-    ranks = {}
-    for column, kind in kinds.items():
-        name = _plain(column)
-        likely = [rank for rank, names in enumerate(SOUNDS) if re.fullmatch(names, name)]
-        if kind == "sound" and likely:
-            ranks[column] = likely[0]
-        elif kind == "numbers" and likely and likely[0] < 3:
-            ranks[column] = 10 + likely[0]
-        elif kind == "text":
-            for rank, names in enumerate((PATHS, COLUMNS["path"], COLUMNS["name"])):
-                if re.fullmatch(names, name):
-                    ranks.setdefault(column, 20 + rank)
-    return min(ranks, key=ranks.get, default=None)
-
-
-def _parquet():
+@contextlib.contextmanager
+def _parquet(path):
+    """A pyarrow ParquetFile; what goes wrong with it in the block is an InputError."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise InputError("parquet needs pyarrow, which is not installed: pip install pyarrow") from None
-    return pyarrow
-
-
-def _one_line(error):
-    return " ".join(str(error).split())[:200]
+    try:
+        # page by page, not a row group at once. The hub's files have a row group's sounds in one page, of which
+        # pyarrow needs two copies
+        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as parquet ({one_line(error)})") from None
 
 
 def _parquet_columns(path):
     """(columns, number of rows) of a parquet file."""
-    pyarrow = _parquet()
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            schema, count = file.schema_arrow, file.metadata.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: cannot be read as parquet ({_one_line(error)})") from None
     kinds = {}
-    for column in schema:
-        kinds[column.name] = _arrow_kind(pyarrow.types, column.type)
-    return _choose_columns(path, kinds), count
+    with _parquet(path) as file:
+        for column in file.schema_arrow:
+            kinds[column.name] = _arrow_kind(column.type)
+        return _choose_columns(path, kinds), file.metadata.num_rows
 
 
-def _arrow_kind(types, type):
+def _arrow_kind(type):
     """What a column may hold: "sound", samples as "numbers", "text", or None for what we do not read."""
-    if types.is_struct(type):
-        names = {child.name for child in type}
-        return "sound" if names & {"bytes", "array"} or names <= {"path", "sampling_rate"} else "text"
-    if "list" in str(type).split("<")[0]:
-        inner = "numbers" if types.is_primitive(type.value_type) else _arrow_kind(types, type.value_type)
-        return None if inner == "sound" else inner
-    if types.is_dictionary(type):
-        type = type.value_type
-    return "sound" if "binary" in str(type) else "text" if "string" in str(type) else None
+    name = str(type)
+    if name.startswith("struct"):
+        fields = {field.name for field in type}
+        return "sound" if fields & {"bytes", "array"} or fields <= {"path", "sampling_rate"} else "text"
+    if "list" in name.split("<")[0]:
+        inner = _arrow_kind(type.value_type)
+        return None if inner == "sound" else inner or "numbers"
+    return "sound" if "binary" in name else "text" if "string" in name else None
 
 
 def _parquet_rows(path, columns):
     """Yield ("file: row n", {column: value}) for each row; only the columns in use are read, ROWS at a time."""
-    pyarrow = _parquet()
-    names = {name for role, name in columns.items() if name and role != "references"} | {*columns["references"]}
+    names = {columns[role] for role in (*COLUMNS, "sound")} | {*columns["references"]}
     number = 0
-    try:
-        # page by page, not a row group at once. The hub's files have a row group's sounds in one page, of which
-        # pyarrow needs two copies; asked for all groups it would read the next while it holds the last
-        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            for group in range(file.num_row_groups):
-                for batch in file.iter_batches(ROWS, [group], sorted(names), use_threads=False):
-                    sounds = batch.column(columns["sound"])
-                    rest = batch.select(sorted(names - {columns["sound"]})).to_pylist()
-                    for n in range(batch.num_rows):
-                        number += 1
-                        row = rest[n] if rest else {}
-                        row[columns["sound"]] = _arrow_value(sounds[n])
-                        yield f"{path}: row {number}", row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as parquet after row {number} "
-                         f"({_one_line(error)})") from None
-
-
-def _arrow_value(value):
-    """A sound's value as Python has it; samples as an array, for as numbers they take 60 times the memory."""
-    if not value.is_valid:
-        return None
-    if hasattr(value, "items"):  # a struct
-        return {name: _arrow_value(item) for name, item in value.items()}
-    if not hasattr(value, "values"):
-        return value.as_py()
-    if hasattr(value.type.value_type, "value_type"):  # a list of channels
-        return _array([_arrow_value(channel) for channel in value.values])
-    return value.values.to_numpy(zero_copy_only=False)
-
-
-def _array(channels):
-    """Numbers, or channels of them, as an array; None where the channels differ in length."""
-    try:
-        return np.array(channels)
-    except ValueError:
-        return None
-
-
-def _json_columns(path):
-    """(columns, number of rows) of a JSONL file."""
-    kinds, count = {}, 0
-    for location, record in _records(path):
-        if not isinstance(record, dict):
-            raise InputError(f"{location}: is no object with a sound and its caption, such as key, source, target")
-        count += 1
-        for name, value in record.items():
-            kinds[name] = kinds.get(name) or _json_kind(value)
-    return _choose_columns(path, kinds), count
-
-
-def _json_kind(value):
-    if isinstance(value, dict):
-        return "sound" if value.keys() & {"array", "path"} else "text"
-    if isinstance(value, list):
-        kinds = [_json_kind(item) for item in value[:1]]
-        return "numbers" if kinds == ["numbers"] or value and isinstance(value[0], int | float) else "text"
-    return "text" if isinstance(value, str) else None
-
-
-def _json_rows(path):
-    for location, record in _records(path):
-        yield location, collections.defaultdict(lambda: None, record)  # a record may lack what others have
+    with _parquet(path) as file:
+        # asked for all groups pyarrow would read the next one while it holds the last
+        for group in range(file.num_row_groups):
+            for batch in file.iter_batches(ROWS, [group], sorted(names - {None}), use_threads=False):
+                for n in range(batch.num_rows):
+                    number += 1
+                    # one at a time: as Python's numbers samples take ten times the memory
+                    yield f"{path}: row {number}", batch.slice(n, 1).to_pylist()[0]
 
 
 # ------------------------------------- a row
 
 @dataclass
-class _Row:
-    captions: list[str]
-    sound: bytes | Path | None
-    key: tuple | None  # what the rows of one clip have in common; None: nothing says which clip it is
-    stem: str  # a name for the clip, as the row has it
-    youtube: str | None = None
-    start: float = 0
-    number: str | None = None  # audiocap_id
-    suffix: str = ""
-    mark: str = ""  # of the sound: sha256 of its bytes, or its path
+class _Unpacked:
+    """A clip on its way into a folder; a row is one too, until the clip that it belongs to has its captions."""
+    owner: tuple  # of the name, which clips of one video share
+    name: str  # AudioCaps's youtube_id; else the file's name without its extension
+    start: str | None  # of AudioCaps, as in the table
+    captions: dict  # {caption: audiocap_id or None}, in order
+    suffix: str  # "": no row had its sound so far
+    mark: str  # of the sound: sha256 of its bytes, or its path
+
+    @property
+    def file_name(self):
+        return f"{self.name}{'' if self.start is None else '_' + self.start}{self.suffix}"
 
 
 def _read_row(location, cells, columns, folders, left_out):
-    """A _Row, or None where it has no place; what it lacks is counted in left_out."""
+    """(_Unpacked, its sound: bytes, a path or None), or (None, None) where it has no place.
+
+    What it lacks is counted in left_out."""
     values = {}
     for role in COLUMNS:
-        values[role] = _name_in(cells[columns[role]]) if columns[role] else None
+        values[role] = _name_in(cells.get(columns[role]))
     language = values["language"] or ""
     if re.search("[a-z]", language.lower()) and not _is_english(language):  # a number names none
         left_out.count("rows are not in English", location)
-        return None
-    start = 0.0
+        return None, None
+    start = "0" if columns["youtube"] else None
     if values["youtube"] and columns["start"]:
         start = _seconds(values["start"], columns["start"])
         if start is None:
             left_out.count("rows have no start time, or one that is no number of seconds", location)
-            return None
-    captions = []
+            return None, None
+    captions = {}
     for column in columns["references"]:
-        for text in _texts(cells[column]):
-            if len(text) <= CAPTION_CHARACTERS:
-                captions += filter(None, [_clean(location, text)])
-            else:
-                left_out.count(f"captions have more than {CAPTION_CHARACTERS:,} characters", location)
+        for text in _texts(cells.get(column)):
+            if len(text) > MAX_CAPTION:
+                left_out.count(f"captions have more than {MAX_CAPTION:,} characters", location)
+            elif text := _clean(location, text):
+                captions.setdefault(text, None if captions else values["number"])
     if not captions:
         left_out.count("rows have no caption", location)
-    sound, path = _sound(cells[columns["sound"]], values["rate"], folders)
+        return None, None
+    sound, path = _sound(cells.get(columns["sound"]), values["rate"], folders)
     suffix, mark = "", ""
     if sound is None:
         left_out.count("rows have no sound", f"{location}, {ascii(path)} is not there" if path else location)
-    else:
-        suffix = _suffix(sound)
+    elif suffix := _suffix(sound):
         mark = hashlib.sha256(sound).hexdigest() if isinstance(sound, bytes) else os.path.realpath(sound)
-        if not suffix:
-            left_out.count("rows have a sound in no known format", location)
-            sound = None
-    key, stem = _identify(values, path or values["path"], len(captions), start, sound, mark)
-    return _Row(captions, sound, key, stem, values["youtube"], start, values["number"], suffix, mark)
-
-
-def _identify(values, path, captions, start, sound, mark):
-    """(what the rows of a clip have in common, or None; a name for the clip) of a row."""
-    base = path and re.split(r"[/\\]", path)[-1]
-    stem = _stem(re.split(r"[/\\]", values["name"] or base or values["counter"] or "")[-1])[0]
-    if not stem and isinstance(sound, bytes):
-        stem = mark[:16]
-    key = None
-    if values["youtube"]:
-        key = "youtube", values["youtube"], start
-    elif values["name"]:
-        key = "name", values["name"]
-    elif sound is not None and base:
-        key = "path", base, mark  # the bytes too: every row's file may be called audio.wav
-    elif sound is not None:
+    else:
+        left_out.count("rows have a sound in no known format", location)
+        sound = None
+    base = _parts(path or values["path"] or "")[-1]
+    name = values["youtube"] or _stem(_parts(values["name"] or base or values["counter"] or "")[-1])[0] or mark[:16]
+    if values["youtube"] or values["name"]:
+        owner = "name", values["youtube"] or values["name"]
+    elif sound is None:
+        return None, None  # nothing says which clip it is
+    elif base:
+        owner = "path", base, mark  # the bytes too: every row's file may be called audio.wav
+    else:
         # beside a single caption an index may count captions, not clips; the bytes tell them apart
-        key = "bytes", values["counter"] if captions > 1 else None, mark
-    return key, stem
+        owner = "bytes", values["counter"] if len(captions) > 1 else None, mark
+    return _Unpacked(owner, name, start, captions, suffix, mark), sound
 
 
 def _name_in(value):
@@ -2131,22 +2096,21 @@ def _name_in(value):
 
 
 def _seconds(value, column):
-    """A start time as AudioCaps's tables may have it, else None."""
+    """A start time as AudioCaps's tables have it, such as "30" or "0.5", else None."""
     try:
         seconds = round(float(value), 3) / (1000 if _plain(column).endswith("ms") else 1)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError):
         return None
-    return seconds if 0 <= seconds < 100_000 else None
+    return f"{seconds:.3f}".rstrip("0").rstrip(".") if 0 <= seconds < 100_000 else None
 
 
 def _texts(value):
     """The captions in a cell: a text, a list, a list as text, records with a caption (and perhaps a language)."""
     if isinstance(value, str):
-        if value.strip()[:1] in ("[", "{"):
-            for parse in (json.loads, ast.literal_eval):
-                with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                    if isinstance(inner := parse(value.strip()), list | dict) and (texts := _texts(inner)):
-                        return texts
+        for parse in (json.loads, ast.literal_eval) if value.strip()[:1] in ("[", "{") else ():
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                if texts := _texts(parse(value.strip())):
+                    return texts
         return [value]
     texts = []
     if isinstance(value, list):
@@ -2166,94 +2130,59 @@ def _sound(value, rate, folders):
     path = None
     if isinstance(value, dict):
         path, rate = value.get("path"), value.get("sampling_rate", rate)
-        content, samples = value.get("bytes"), value.get("array")
-        value = content or (path if samples is None else samples)
-    if isinstance(value, list | np.ndarray):
-        samples = _array(value)
-        if samples is None:
-            return None, path
-        # bytes may be stored as a list of small numbers
-        content = samples.tobytes() if samples.dtype == np.uint8 else b""
-        return content if _suffix(content) else _wav(samples, rate), path
-    if isinstance(value, bytes) and value:
-        return value, path
+        value = value.get("bytes") or value.get("array") or path
+    if isinstance(value, list):
+        value = _from_numbers(value, rate)
     if isinstance(value, str) and value:
         for folder in folders:
-            for name in (value, re.split(r"[/\\]", value)[-1]):
+            for name in (value, _parts(value)[-1]):
                 if os.path.isfile(folder / name):
                     return folder / name, value
         return None, value
-    return None, path
+    return value if isinstance(value, bytes) and value else None, path
 
 
-def _wav(samples, rate):
-    """Samples, (samples,) or (channels, samples), as the bytes of a WAV file; None without samples or rate."""
-    has_rate = re.fullmatch(r"[1-9]\d*(\.0*)?", str(rate))
-    if not samples.size or not has_rate or samples.ndim > 2 or samples.dtype.kind not in "fiu":
+def _from_numbers(numbers, rate):
+    """The bytes of a sound file from a list of its bytes, else from samples or channels of them; None if neither."""
+    try:
+        samples = np.array(numbers)
+    except ValueError:  # channels of different lengths
+        return None
+    if not samples.size or samples.ndim > 2 or samples.dtype.kind not in "fiu":
+        return None
+    least, most = samples.min(), samples.max()
+    if samples.dtype.kind == "f":
+        samples = samples.astype(np.float32)
+    elif samples.ndim == 1 and least >= 0 and most < 256 and _suffix(samples.astype(np.uint8).tobytes()):
+        return samples.astype(np.uint8).tobytes()
+    else:
+        samples = samples.astype(np.int16 if least >= -32768 and most < 32768 else np.int32)
+    if not re.fullmatch(r"[1-9]\d*(\.0*)?", str(rate)):
         return None
     if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
         samples = samples.T
-    if samples.dtype.kind == "f":
-        samples = samples.astype(np.float32)
-    elif samples.dtype != np.int16:
-        samples = samples.astype(np.int16 if np.abs(samples.astype(np.int64)).max() < 32768 else np.int32)
     file = io.BytesIO()
     scipy.io.wavfile.write(file, int(float(rate)), samples)
     return file.getvalue()
 
 
 def _suffix(sound):
-    """The extension that fits a sound's first bytes; "" if no known format begins like that."""
-    if isinstance(sound, bytes):
-        head = sound[:1 << 16]
-    else:
-        with open(sound, "rb") as file:
-            head = file.read(1 << 16)
-    if head.startswith(b"ID3") and len(head) > 10:
-        tag = 0
-        for byte in head[6:10]:
-            tag = tag << 7 | byte & 127
-        after = sound[10 + tag:][:4] if isinstance(sound, bytes) else head[10 + tag:][:4]
-        return ".flac" if after == b"fLaC" else ".aac" if _is_adts(after) else ".mp3"
-    if head[:4] in (b"RIFF", b"RF64", b"BW64"):
-        return {b"WAVE": ".wav", b"AVI ": ".avi"}.get(head[8:12], "")
-    if head[4:8] == b"ftyp":
-        return {b"M4A ": ".m4a", b"M4B ": ".m4a", b"qt  ": ".mov"}.get(head[8:12], ".mp4")
-    if head[:4] == b"\x1aE\xdf\xa3":
-        return ".webm" if b"webm" in head[:128] else ".mkv"
-    if head[:4] == b"FORM":
-        return ".aif" if head[8:12] in (b"AIFF", b"AIFC") else ""
-    if head[:4] == b"OggS":
-        return ".opus" if b"OpusHead" in head[:128] else ".ogg"
-    for start, suffix in ((b"fLaC", ".flac"), (b".snd", ".au"), (b"FLV\1", ".flv"), (b"0&\xb2u\x8ef\xcf\x11", ".wma"),
-                          (b"\0\0\1\xba", ".mpg")):
-        if head.startswith(start):
+    """The extension that fits a sound's first bytes, or a file's; "" if no known format begins like that."""
+    with io.BytesIO(sound) if isinstance(sound, bytes) else open(sound, "rb") as file:
+        head, tag = file.read(10), 0
+        tagged = head.startswith(b"ID3") and len(head) == 10
+        if tagged:
+            for byte in head[6:]:
+                tag = tag << 7 | byte & 127
+        file.seek(10 + tag if tagged else 0)
+        head = file.read(1 << 16)
+    for suffix, beginning in FORMATS.items():
+        if re.match(beginning, head, re.DOTALL) and (not tagged or suffix in (".flac", ".aac")):
             return suffix
-    head = head.lstrip(b"\0")  # some encoders write zeros first
-    if _is_adts(head):
-        return ".aac"
-    is_mpeg = head[:1] == b"\xff" and len(head) > 3 and head[1] & 0xe0 == 0xe0 and head[1] >> 1 & 3 in (1, 2)
-    return ".mp3" if is_mpeg and head[2] >> 4 not in (0, 15) else ""
-
-
-def _is_adts(head):
-    return head[:1] == b"\xff" and len(head) > 1 and head[1] & 0xf6 == 0xf0
+    return ".mp3" if tagged else ""
 
 
 # ------------------------------------- the folder
-
-@dataclass
-class _Unpacked:
-    name: str  # AudioCaps's youtube_id; else the file's name without its extension
-    start: str | None  # of AudioCaps, as in the table
-    captions: dict = field(default_factory=dict)  # {caption: audiocap_id or None}, in order
-    suffix: str | None = None  # None: no row had its sound so far
-    mark: str = ""
-
-    @property
-    def file_name(self):
-        return f"{self.name}{'' if self.start is None else '_' + self.start}{self.suffix}"
-
 
 class _LeftOut(dict):
     """{what rows lack: [how many, where the first is]}"""
@@ -2277,27 +2206,22 @@ class _Writer:
     def folder(self, split):
         return self.out / (split if self.audiocaps else CLOTHO[split])
 
-    def add(self, split, row, location):
+    def add(self, split, row, sound, location):
         """Take a row's captions, and its sound unless an earlier row of the clip had it."""
-        clips = self.clips[split]
-        if row.key not in clips:
-            start = f"{row.start:.3f}".rstrip("0").rstrip(".") if self.audiocaps else None
-            owner = row.youtube or row.key
-            clips[row.key] = _Unpacked(self.free_name(split, row.youtube or row.stem, owner), start)
-        clip = clips[row.key]
-        for n, caption in enumerate(row.captions):
-            clip.captions.setdefault(caption, row.number if n == 0 else None)
-        if row.sound is None:
-            return
-        if clip.suffix is None:
+        clip = self.clips[split].setdefault((row.owner, row.start), row)
+        if clip is row:
+            clip.name = self.free_name(split, row.name, row.owner)
+        for caption, number in row.captions.items():
+            clip.captions.setdefault(caption, number)
+        if sound is not None and (clip is row or not clip.suffix):
             clip.suffix, clip.mark = row.suffix, row.mark
-            self.write(self.folder(split) / clip.file_name, row.sound)
-        elif clip.mark != row.mark:
+            self.write(self.folder(split) / clip.file_name, sound)
+        elif sound is not None and clip.mark != row.mark:
             self.left_out.count("rows have another sound than their clip's first row, whose sound is taken", location)
 
     def free_name(self, split, name, owner):
         """A file name near `name` that leads nowhere, works on every system, and is nothing else's."""
-        name = unicodedata.normalize("NFC", re.split(r"[/\\]", name)[-1])
+        name = unicodedata.normalize("NFC", _parts(name)[-1])
         name = re.sub("[\u200b-\u200f\ufeff]", "", re.sub(r"\s+", " ", name))
         name = "".join(c if c.isprintable() and c not in '<>:"|?*' else "_" for c in name)
         name = name.encode()[:160].decode(errors="ignore").strip(" .")
@@ -2312,8 +2236,7 @@ class _Writer:
 
     def write(self, path, sound):
         """Write a sound; one that is there was written whole by an earlier start."""
-        size = len(sound) if isinstance(sound, bytes) else os.path.getsize(sound)
-        if path.exists() and path.stat().st_size == size:
+        if path.exists():
             return
         path.parent.mkdir(exist_ok=True)
         with _replacing(path) as tmp:
@@ -2321,70 +2244,50 @@ class _Writer:
                 tmp.write_bytes(sound)
                 return
             try:
-                os.link(os.path.realpath(sound), tmp)  # takes no room
+                os.link(os.path.realpath(sound), tmp)  # AudioCaps takes 43 GB
             except OSError:  # another disk, or one without links
                 shutil.copyfile(sound, tmp)
 
     def finish(self):
-        """Write the tables of the clips that have captions and a sound.
-
-        Returns lines that say what there is, and {table or folder: its number of clips}."""
-        usable = {}
-        for split, clips in self.clips.items():
-            chosen = [clip for clip in clips.values() if clip.captions and clip.suffix]
-            if chosen:
-                usable[split] = chosen
+        """Write the tables of the clips that have a sound. Returns lines that say what there is."""
+        tables, given = {}, set()
         for split, clips in self.clips.items():
             for clip in clips.values():
-                if clip.suffix and not clip.captions:
-                    (self.folder(split) / clip.file_name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self.folder(split).rmdir()  # if nothing is left in it
-        if not usable:
+                if clip.suffix:
+                    tables.setdefault(split, []).append(clip)
+                    given.update(clip.captions.values())
+        if not tables:
             raise InputError(f"{self.out}: no clip has both a sound and a caption "
                              f"({'; '.join(self.left_out.lines()) or 'there are no rows'})")
-        printed, written = [], {}
-        tables = self.audiocaps_rows(usable) if self.audiocaps else self.clotho_rows(usable)
-        for split, rows in tables.items():
-            table = self.out / (f"{split}.csv" if self.audiocaps else f"clotho_captions_{CLOTHO[split]}.csv")
-            text = io.StringIO()
+        dataset, printed = "audiocaps" if self.audiocaps else "clotho", []
+        free_numbers = (str(n) for n in itertools.count(1) if str(n) not in given)
+        for split, clips in tables.items():
+            rows = self.audiocaps_rows(clips, free_numbers) if self.audiocaps else self.clotho_rows(clips)
+            table, text = _table_name(dataset, split), io.StringIO()
             csv.writer(text, lineterminator="\n").writerows(rows)
-            write_text(table, text.getvalue())
-            written |= {table.name: len(usable[split]), self.folder(split).name: len(usable[split])}
-            captions = sum(len(clip.captions) for clip in usable[split])
-            printed.append(f"{table.name}: {len(usable[split]):,} clips, {captions:,} captions")
-        printed.append(f"for --dataset {'audiocaps' if self.audiocaps else 'clotho'}")
-        return printed + self.left_out.lines(), written
+            write_text(self.out / table, text.getvalue())
+            captions = sum(len(clip.captions) for clip in clips)
+            printed.append(f"{table}: {len(clips):,} clips, {captions:,} captions")
+        return [*printed, f"for --dataset {dataset}", *self.left_out.lines()]
 
-    def audiocaps_rows(self, usable):
-        """{split: rows of its table}; a caption without an audiocap_id of its own gets a free number."""
-        given = set()
-        for clips in usable.values():
-            for clip in clips:
-                given.update(clip.captions.values())
-        numbers = (str(n) for n in itertools.count(1) if str(n) not in given)
-        tables = {}
-        for split, clips in usable.items():
-            rows, taken = [["audiocap_id", "youtube_id", "start_time", "caption"]], {None}
-            for clip in clips:
-                for caption, number in clip.captions.items():
-                    if number in taken:
-                        number = next(numbers)
-                    taken.add(number)
-                    rows.append([number, clip.name, clip.start, caption])
-            tables[split] = rows
-        return tables
+    def audiocaps_rows(self, clips, free_numbers):
+        """Rows of a table; a caption without an audiocap_id of its own gets a free number."""
+        rows, taken = [["audiocap_id", "youtube_id", "start_time", "caption"]], {None}
+        for clip in clips:
+            for caption, number in clip.captions.items():
+                if number in taken:
+                    number = next(free_numbers)
+                taken.add(number)
+                rows.append([number, clip.name, clip.start, caption])
+        return rows
 
-    def clotho_rows(self, usable):
-        """{split: rows of its table}, with as many columns as the clip with the most captions needs."""
-        tables = {}
-        for split, clips in usable.items():
-            most = max(len(clip.captions) for clip in clips)
-            rows = [["file_name", *(f"caption_{n}" for n in range(1, most + 1))]]
-            for clip in clips:
-                rows.append([clip.file_name, *clip.captions, *[""] * (most - len(clip.captions))])
-            tables[split] = rows
-        return tables
+    def clotho_rows(self, clips):
+        """Rows of a table with as many columns as the clip with the most captions needs."""
+        most = max(len(clip.captions) for clip in clips)
+        rows = [["file_name", *(f"caption_{n}" for n in range(1, most + 1))]]
+        for clip in clips:
+            rows.append([clip.file_name, *clip.captions, *[""] * (most - len(clip.captions))])
+        return rows
 
 
 def parse_args():

@@ -22,22 +22,27 @@ from urllib.parse import quote
 
 import numpy as np
 
-# in the order of the tables: name, colour (Okabe and Ito's palette), marker, line
-SYSTEMS = {
+# How systems look, in the order of the tables: name, colour (Okabe and Ito's palette), marker, line.
+STYLES = {
     "additive": ("additive", "#0072B2", "o", "-"),
     "cross_attention": ("cross-attention", "#D55E00", "s", "--"),
     "concat": ("concatenation", "#009E73", "^", "-."),
     "unfreeze": ("partial unfreeze", "#CC79A7", "D", ":"),
     "data_only": ("data-only (no audio)", "#555555", "x", (0, (1, 1)))}
-VARIANTS = "v<>pdhX8"  # markers of systems with one name that differ in a flag
-# The one list of known metrics, in the order of the tables. Any other number that the captions in
-# predictions.json have among their scores is a metric too, under its own name.
-METRICS = {
+EXPECTED = ("additive", "cross_attention", "concat", "unfreeze", "data_only")  # a study without one is not whole
+NO_BASELINE = ("additive", "data_only")  # the system itself, and the one that hears nothing
+VARIANTS = "v<>pdhX8"  # markers of one system with other flags, such as keep
+# Titles of metrics, in the order of the tables. Any other number that the captions in predictions.json have
+# among their scores is a metric too, under its own name.
+TITLES = {
     "cider_d": "CIDEr-D", "spice": "SPICE", "spider": "SPIDEr", "spider_fl": "SPIDEr-FL",
     "fense": "FENSE", "sbert_sim": "sentence similarity", "fer": "fluency error rate",
     "spice_lite": "spice_lite", "spider_lite": "spider_lite", "meteor": "METEOR", "rouge_l": "ROUGE-L",
     "bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4",
-    "accuracy": "accuracy", "vocabulary": "vocabulary"}
+    "clap_cosine": "CLAP cosine", "accuracy": "accuracy", "vocabulary": "vocabulary"}
+# In tables, but without a panel in the figure of intervals: parts of other metrics, and what these replaced.
+MINOR = {"spice", "spice_lite", "spider_lite", "sbert_sim", "fer", "rouge_l", "bleu_1", "bleu_2", "bleu_3", "bleu_4",
+         "vocabulary"}
 # Flags that say where a run lies; beside the seed, seeds of one system differ in these and in nothing else.
 PLACE = {"seed", "out", "cache", "device", "folder", "git", "versions", "name"}
 # What runs did that are older than a flag. Where a flag is not here, they did what None, 0 or False means.
@@ -45,16 +50,20 @@ OLDER = {"null_slot": False, "keep": 0.0, "keep_every": 1, "metric": "spider_lit
 # Flags that are set together with another one, so that a table of that one does not tell them apart.
 ALONG = {"steps": ["eval_every"], "keep": ["keep_qa", "keep_every", "probe"]}
 KEEPING = {"keep", "null_slot", *ALONG["keep"]}  # all that a system with keep may have beside the plain one
-WEIGHTS = ("keep", "gate_l2")  # flags of the gates' regularisation
-NEAR = 2.5, 0.75  # shown enlarged: so many percentage points below the backbone, this part of the best score
+SWEPT = {"keep": ["null_slot", "keep"], "gate_l2": ["gate_l2"]}  # the gates' regularisation: flags of a sweep
 GIVEN = ("audio", "video", "shuffled", "unrelated")  # folders: what the branches were given
 INSIDE = ("scst", "on_*", "with_*", *GIVEN)  # folders in a run that hold results of their own
-CONDITIONS = ("nothing_attached", "gates_closed", "no_clip", "unrelated_clip")  # of VQA; a file may have more
+# What sounds while a question about an image is asked. In conflict the clip's captions name another answer to it.
+CONDITIONS = ("unrelated_clip", "silence", "noise", "conflict")
+# In these the answers are the backbone's by construction: a few questions show it.
+EXACT = ("nothing_attached", "gates_closed", "no_clip")
 # columns of tables: title, key in Run.values, digits, scale
 COUNT, WORDS = ("n", "n"), ("words", "mean_words", 1)
 COSTS = [("trainable", "trainable"), ("minutes", "seconds", 1, 1 / 60)]
-EFFICIENCY = [("minutes to 90%", "seconds_to_90_percent", 1, 1 / 60), ("clips/s", "clips_a_second", 1),
-              ("GFLOP a clip", "flops_a_clip", 2, 1e-9), ("hardware", "hardware")]
+EFFICIENCY = [*COSTS, ("minutes to 90%", "seconds_to_90_percent", 1, 1 / 60),
+              ("XE s/step", "seconds_a_step_xe", 2), ("SCST s/step", "seconds_a_step_scst", 2),
+              ("training GB", "training_memory", 2, 1e-9), ("evaluation GB", "peak_memory", 2, 1e-9),
+              ("clips/s", "clips_a_second", 1), ("GFLOP a clip", "flops_a_clip", 2, 1e-9), ("hardware", "hardware")]
 # Published results on the released data: CIDEr, SPIDEr, SPIDEr-FL, FENSE; "-" where the source has none.
 PUBLISHED = [
     ("frozen Vicuna-7B, linear projector, EAT", "AudioCaps", ".753", ".469", "-", "-", "SLAM-LLM, examples/aac_audiocaps"),
@@ -112,13 +121,13 @@ class Run:
 
     def name_it(self):
         """label, line and style; what was attached, what was given and which other data, from the folder."""
-        name, colour, marker, self.line = SYSTEMS.get(self.system, (self.system, "#000000", "P", "-"))
+        name, colour, marker, self.line = STYLES.get(self.system, (self.system, "#000000", "P", "-"))
         self.style = {"color": colour, "marker": "*" if self.stage == "scst" else marker}
         self.label, self.attached, self.given, self.data = name, "", "all", ""
-        if self.stage == "scst":
-            self.label += " + SCST"
         if self.config["keep"]:
             self.label += " + keep"
+        if self.stage == "scst":
+            self.label += " + SCST"
         for part in self.inside:
             if part.startswith("with_"):  # seeds of what is attached are seeds of one system too
                 self.attached = re.sub(r"_s\d+(?=_|$)", "", part.removeprefix("with_"))
@@ -136,6 +145,10 @@ class Run:
         if self.result and self.result.get("split") != "test":  # every table is of the test split
             self.result, self.state = None, "not of the test split"
         self.card = load(self.folder / "run_card.json") or {}
+        self.training = {}
+        if self.own:
+            home = self.folder.parent if self.stage == "scst" else self.folder
+            self.training = load(home / "training.json") or {}
         self.reranked = load(self.folder / "rerank/result.json") if self.result else None
         self.retention = load(self.folder / "retention.json")
         self.robustness = load(self.folder / "robustness.json")
@@ -145,11 +158,8 @@ class Run:
         """Costs and test scores of the first beam, by which systems are compared."""
         if not self.result:
             return {}
-        values = {}
-        for metric, scores in self.scores.items():
-            # a metric of one's own is a mean over items; result.json may know better, and does for known ones
-            if metric not in METRICS:
-                values[metric] = float(np.mean(scores))
+        # a metric of one's own is a mean over items; what result.json has under that name counts more
+        values = {metric: float(np.mean(scores)) for metric, scores in self.scores.items()}
         values.update({**self.card, **self.result})
         values["n"] = str(self.result.get("n", "-"))
         values["trainable"] = f"{self.result.get('trainable_parameters', 0):,}"
@@ -163,19 +173,35 @@ class Run:
         stages = self.card.get("stages") or {}
         # the seconds of XE do not include the SCST that follows
         values["seconds"] = stages.get(self.stage, {}).get("seconds", self.result.get("train_seconds"))
+        # one process trains both stages; a step of each takes its own time
+        values["training_memory"] = self.training.get("peak_memory")
+        values[f"seconds_a_step_{self.stage}"] = self.training.get("seconds_a_step", {}).get(self.stage)
         return values
 
     def vqa_values(self):
         """Visual question answering: unrelated_clip.accuracy and the like."""
-        values, retention = {}, self.retention or {}
-        for condition, numbers in retention.get("conditions", {}).items():
+        retention = self.retention
+        if not retention:
+            return {}
+        values = {"questions": str(retention.get("n", "-"))}
+        for condition, numbers in retention["conditions"].items():
             for key, value in numbers.items():
                 values[f"{condition}.{key}"] = value
-        if retention:
-            values["questions"] = str(retention.get("n", "-"))
-        # with nothing attached, closed gates or no clip the answers must be the backbone's
-        identical = [values.get(f"{condition}.identical") for condition in CONDITIONS[:3]]
-        values["identical"] = "no" if False in identical else "yes"
+        # conflict can be made of some questions only
+        if "conflict.n" in values:
+            values["conflict.n"] = str(values["conflict.n"])
+        # how much of the backbone's accuracy is left, in percent
+        beside, alone = values.get("unrelated_clip.accuracy"), values.get("backbone.accuracy")
+        if alone and beside is not None:
+            values["relative"] = 100 * beside / alone
+        # older files have these conditions among the others, on all questions
+        exact = retention.get("exact")
+        if exact is None:
+            there = [name for name in EXACT if f"{name}.identical" in values]
+            exact = {name: values[f"{name}.identical"] for name in there}
+        if exact:
+            values["exact"] = shown(all(exact.values()))
+            values["exact_n"] = str(retention.get("exact_n", values["questions"]))
         return values
 
     @functools.cached_property
@@ -202,7 +228,7 @@ class Study:
     def __init__(self, folder):
         self.folder, self.runs = folder, read_runs(folder)
         self.metric = selection(self.runs)
-        self.metric_name = METRICS[self.metric]
+        self.metric_name = TITLES[self.metric]
         core = [run for run in self.runs if run.phase == "core" and run.own]
         self.core = sum(grouped(core).values(), [])
         counts = [f", n = {run.values['n']}" for run in self.finished("core")]
@@ -268,7 +294,7 @@ def selection(runs):
 
 def metrics_of(runs):
     """Known metrics in their order, then every other number that captions have, under its own name."""
-    found = dict(METRICS)
+    found = dict(TITLES)
     for run in runs:
         for metric in run.scores:
             found.setdefault(metric, metric)
@@ -345,7 +371,7 @@ def grouped(runs, cells=lambda run: (run.label,)):
     Runs whose cells are the same are seeds of one system. If they are not, what differs is added to the first cell.
     """
     # systems that this file has never heard of come last
-    order = [*SYSTEMS, *sorted({run.system for run in runs} - set(SYSTEMS))]
+    order = [*STYLES, *sorted({run.system for run in runs} - set(STYLES))]
     alike = defaultdict(list)
     for run in sorted(runs, key=lambda run: (order.index(run.system), run.stage == "scst", run.label)):
         alike[cells(run)].append(run)
@@ -390,13 +416,12 @@ def order_of(value):
     return not number, value if number else shown(value)
 
 
-def best_baseline(runs, metric):
-    """(system, {system: mean validation score}) of the other systems with audio. No test score is used."""
-    # data_only hears nothing, so that it is no baseline to beat
+def best_baseline(runs, metric, keep):
+    """(system, {system: mean validation score}) of the baselines with or without keep. No test score is used."""
     rivals = []
     for run in runs:
-        plain = run.phase == "core" and run.own and run.stage == "xe" and not run.config["keep"]
-        if plain and run.result and run.system not in ("additive", "data_only"):
+        trained = run.result and run.own and run.stage == "xe" and run.phase in ("core", "retention")
+        if trained and bool(run.config["keep"]) == keep and run.system not in NO_BASELINE:
             rivals.append(run)
     scores = {}
     for (system,), group in grouped(rivals, lambda run: (run.system,)).items():
@@ -406,19 +431,47 @@ def best_baseline(runs, metric):
     return max(scores, key=scores.get, default=None), scores
 
 
+def headlines(study):
+    """{name of a comparison: (what it is, best baseline, validation scores)}, the headline first."""
+    found = {}
+    # systems that keep are compared with each other; where no baseline keeps, the plain ones are the headline
+    for keep, pattern in ((True, "additive_keep_vs_{}_keep"), (False, "additive_vs_{}")):
+        best, means = best_baseline(study.runs, study.metric, keep)
+        if best:
+            found[pattern.format(best)] = ("without keep" if found else "headline", best, means)
+    return found
+
+
 def comparisons(study):
     """{name: what bootstrap.py compare --json wrote}, the headline first."""
-    headline = f"additive_vs_{best_baseline(study.runs, study.metric)[0]}"
+    first = headlines(study)
+    files = {file.stem: file for file in sorted((study.folder / "statistics").glob("*.json"))}
     found = {}
-    files = (study.folder / "statistics").glob("*.json")
-    for file in sorted(files, key=lambda file: (file.stem != headline, file.stem)):
-        content = load(file)
+    for stem in dict.fromkeys([*first, *files]):
+        content = load(files[stem]) if stem in files else {}
         if isinstance(content.get("runs"), dict):  # not what `bootstrap.py seeds --json` writes
-            name = file.stem.replace("_", " ")
+            name = stem.replace("_", " ")
             seeds = "/".join(str(len(content["runs"][side])) for side in "ab")
-            mark = f"**headline:** {name}" if file.stem == headline else name
-            found[file.stem] = {**content, "seeds": seeds, "name": name, "title": mark}
+            mark = f"**{first[stem][0]}:** {name}" if stem in first else name
+            found[stem] = {**content, "seeds": seeds, "name": name, "title": mark}
     return found
+
+
+def headline_sentences(study):
+    """What the study is about, for the top of the report: each headline with its difference."""
+    found, sentences = comparisons(study), []
+    for stem, (mark, best, means) in headlines(study).items():
+        rivals = ", ".join(f"{system} {mean:.3f}" for system, mean in means.items())
+        text = f"**{mark.capitalize()}**: {stem.replace('_', ' ')}, the best baseline on validation ({rivals}). "
+        r = found.get(stem, {}).get("metrics", {}).get(study.metric)
+        if r:
+            low, high = r["ci95"]
+            text += (f"Test {study.metric_name} {r['a']:.3f} and {r['b']:.3f}: {r['difference']:+.3f} [{low:+.3f}, "
+                     f"{high:+.3f}], p = {r['p']:.2g}, n = {found[stem]['n']}, seeds {found[stem]['seeds']}.")
+        else:
+            text += "Not compared yet (phase 4)."
+        sentences.append(text)
+    return sentences
 
 
 def other_clips(runs):
@@ -436,6 +489,18 @@ def other_clips(runs):
             parts = [f"{clips} in {folders(group)}" for clips, group in sets.items()]
             sentences.append(f" **Other clips:** not all runs have the same clips of {name}: {', '.join(parts)}.")
     return "".join(sentences)
+
+
+def judge(runs):
+    """A sentence about the CLAP that gave captions a cosine, where one did."""
+    names = set()
+    for run in runs:
+        path = (run.card.get("clap") or {}).get("scores")
+        if path and run.values.get("clap_cosine") is not None:
+            names.add(shown(path))
+    if not names:
+        return ""
+    return f" CLAP cosine: of sound and caption, by {', '.join(sorted(names))}, which took part in nothing else."
 
 
 # ---------------------------------------------------------------- tables: Markdown, or None without rows
@@ -461,16 +526,15 @@ def cell(runs, key, digits=3, scale=1.0):
 
 def folders(runs):
     """Where a row comes from, seeds together: `core/additive_s{0,1}`."""
-    # the part of a path before the seed, the seed, and the part after it
     seeds = defaultdict(list)
     for run in runs:
-        parts = re.fullmatch(r"(.*?_s(?=\d)|.*)(\d*)(.*)", run.path.as_posix())
-        before, seed, after = parts.groups()
-        seeds[before, after].append(seed)
+        # what is attached has the seed in its name too
+        path = re.sub(rf"_s{run.seed}(?=/|$)", "_s{}", run.path.as_posix())
+        seeds[path].append(str(run.seed))
     names = []
-    for (before, after), group in seeds.items():
+    for path, group in seeds.items():
         seed = "{" + ",".join(group) + "}" if len(group) > 1 else group[0]
-        names.append(f"`{before}{seed}{after}`")
+        names.append(f"`{path.replace('{}', seed)}`")
     return "; ".join(names)
 
 
@@ -504,9 +568,9 @@ def score_columns(runs):
     return [(name, metric, 0 if metric == "vocabulary" else 3) for metric, name in metrics_of(runs).items()]
 
 
-def table_scores(runs, head, more=()):
+def table_scores(runs, head):
     """Every metric that these runs have, a row for each system."""
-    columns = [COUNT, *score_columns(runs), WORDS, *COSTS, *more]
+    columns = [COUNT, *score_columns(runs), WORDS, *COSTS]
     return run_table(head, grouped(runs, score_cells), columns)
 
 
@@ -517,15 +581,14 @@ def score_cells(run):
     if run.phase == "clotho":
         return run.label, "AudioCaps checkpoint" if run.config.get("init") else "Clotho alone"
     if run.phase == "video":
-        name = f"{run.stem} with {run.attached}" if run.attached else run.stem
-        return name, run.config.get("modality", "audio"), run.given
+        return run.stem, run.config.get("modality", "audio"), run.given
     return (run.label,)
 
 
 def table_sweep(study, flags):
     """One table for each family of runs that differ in these flags alone."""
     head = ["system", *map(title, flags), "steps"]
-    scores = [(METRICS[metric], metric) for metric in (study.metric, "cider_d", "meteor")]
+    scores = [(TITLES[metric], metric) for metric in (study.metric, "cider_d", "meteor")]
     tables = []
     for family in sweep(study.finished("core", "ablation", "retention", "appendix"), flags):
         # the gates of every layer that any of them has
@@ -561,31 +624,35 @@ def table_decoding(study):
 
 
 def table_retention(study):
-    """VQA accuracy under each condition, the untouched backbone first."""
-    runs, names = [], list(CONDITIONS)
-    # files may have more conditions than the usual ones
+    """VQA beside sounds that have nothing to do with the question: the backbone, the main system, all others."""
+    runs = []
     for run in study.runs:
         if run.phase in ("core", "ablation", "retention", "video") and "backbone.accuracy" in run.values:
             runs.append(run)
-            names += sorted(set(run.retention["conditions"]) - {"backbone", *names})
     if not runs:
         return None
     groups = grouped(runs)
+    # the backbone answers the same whatever sounds; conflict is about other questions
     first = next(iter(groups.values()))[0]
-    # the backbone answers the same whatever is attached
-    alone = {"identical": "yes", "questions": first.values["questions"]}
+    alone = {"questions": first.values["questions"], "relative": 100.0}
     for key, value in first.values.items():
         if key.startswith("backbone."):
-            alone[key.replace("backbone", "nothing_attached")] = value
-            alone[key.replace("backbone", "unrelated_clip")] = value
+            for condition in ("unrelated_clip", "silence", "noise"):
+                alone[key.replace("backbone", condition)] = value
+    rows = {("backbone (before audio)",): [first.row(alone)]}
+    # the main system comes right after it: after XE, after SCST
+    for cells in (("additive + keep",), ("additive + keep + SCST",)):
+        if cells in groups:
+            rows[cells] = groups[cells]
     columns = [("questions", "questions")]
-    for name in names:
+    for name in CONDITIONS:
         columns.append((name.replace("_", " "), f"{name}.accuracy", 1, 100))
-    for name in ("unrelated_clip", "silence", "noise"):
+    columns.append(("conflict, questions", "conflict.n"))
+    for name in CONDITIONS:
         columns.append((f"loss, {name.replace('_', ' ')}", f"{name}.loss", 1, 100))
-    return run_table(["system"], {("backbone",): [first.row(alone)], **groups}, [
-        *columns, ("agreement, unrelated clip", "unrelated_clip.agreement", 1, 100),
-        ("NLL, unrelated clip", "unrelated_clip.nll"), ("first three identical to the backbone", "identical")])
+    columns += [("relative retention", "relative", 1), ("agreement", "unrelated_clip.agreement", 1, 100),
+                ("NLL", "unrelated_clip.nll"), ("exact", "exact")]
+    return run_table(["system"], {**rows, **groups}, columns)
 
 
 def table_tries(study):
@@ -598,22 +665,54 @@ def table_tries(study):
             row += [f"{t[kind][key]:.2f}" for key in ("before", "after", "loss")]
             row.append("[{:.2f}, {:.2f}]".format(*t[kind]["loss_ci95"]))
         run = Path(t["run"])
+        # decision.json does not say n; the folders that it was made from do
+        beside = [other for other in study.runs if f"with_{run.name}" in other.inside]
+        clips = [other for other in beside if other.given == "unrelated"]
         row += [shown(t["clean_identical"]), f"{decision['tolerance']:g}", shown(t["within"])]
-        row += [*tried_on(study, run.name), f"`{run.parent.name}/{run.name}`"]
-        rows.append(row)
+        rows.append([*row, cell(clips, "n"), cell(beside, "questions"), f"`{run.parent.name}/{run.name}`"])
     return table(["keep", "gate L2", "captions before", "after", "loss", "95%", "VQA before", "after", "loss", "95%",
                   "clean identical", "tolerance", "within", "n clips", "n questions", "run"], rows)
 
 
-def tried_on(study, name):
-    """How many clips and questions the first modality had while run `name` was attached to it."""
-    # decision.json does not say n; the folders that it was made from do
-    clips, questions = "-", "-"
+def table_senses(study):
+    """What two senses, trained apart and attached together, cost each other and know together."""
+    beside = defaultdict(list)
     for run in study.runs:
-        if f"with_{name}" in run.inside:
-            clips = run.values["n"] if run.result and run.given == "unrelated" else clips
-            questions = run.values.get("questions", questions)
-    return clips, questions
+        if run.attached and run.stage == "xe":
+            beside[run.phase, run.attached].append(run)
+    # of several tries the last one counts
+    first = [key for key in sorted(beside) if key[0] in ("core", "retention") and key[1].startswith("video")]
+    if not first:
+        return None
+    phase, second = first[-1]
+    homes = {run.path.parts: run for run in study.runs}
+    rows = defaultdict(list)
+    for run in beside[phase, second]:
+        # what the audio branch does alone: the run in whose folder this is
+        alone = homes[run.path.parts[:2]]
+        if run.result and run.given == "unrelated" and alone.result:
+            rows["audio captions", "audio alone"].append(alone)
+            rows["audio captions", "beside an unrelated video"].append(run)
+        elif "unrelated_clip.accuracy" in run.values and "unrelated_clip.accuracy" in alone.values:
+            rows["answers", "beside an unrelated clip"].append(alone.row(answer_values(alone)))
+            rows["answers", "beside an unrelated clip and video"].append(run.row(answer_values(run)))
+    given = {"all": "both", "audio": "audio alone", "video": "video alone", "shuffled": "another clip's video"}
+    # the other way round: the folder of the video branch, with the audio branch attached
+    for run in beside["video", beside[phase, second][0].stem]:
+        if run.result and run.stem == second and run.given in given:
+            rows["videos with sound", given[run.given]].append(run)
+    order = ("audio captions", "answers", "videos with sound")
+    groups = dict(sorted(rows.items(), key=lambda row: order.index(row[0][0])))
+    return run_table(["what", "given"], groups, [
+        COUNT, (study.metric_name, study.metric), ("CIDEr-D", "cider_d"), ("VQA accuracy", "accuracy", 1, 100)])
+
+
+def answer_values(run):
+    """Accuracy and its interval beside an unrelated clip, with the number of questions as n."""
+    values = {"n": run.values["questions"]}
+    for key in ("accuracy", "accuracy_ci95"):
+        values[key] = run.values.get(f"unrelated_clip.{key}")
+    return values
 
 
 def noise_rows(study):
@@ -624,8 +723,11 @@ def noise_rows(study):
         for kind, noise in run.robustness["noise"].items():
             values = {"n": str(run.robustness["n"])}
             for ratio, scores in {"clean": run.robustness["clean"], **noise}.items():
-                values[ratio] = scores[study.metric]
-                values[f"{ratio}_half_width"] = scores.get("half_width_95", 0)
+                score, half = scores[study.metric], scores.get("half_width_95", 0)
+                values[ratio] = score
+                # the table has it where there is one seed
+                if half:
+                    values[f"{ratio}_ci95"] = [score - half, score + half]
             rows[label, kind].append(run.row(values, style))
             ratios.update(noise)
     return rows, ["clean", *sorted(ratios, key=float, reverse=True)]
@@ -641,7 +743,7 @@ def table_statistics(study):
     rows = []
     for file, comparison in comparisons(study).items():
         for metric, r in comparison["metrics"].items():
-            row = [comparison["title"], METRICS.get(metric, metric), comparison["n"], comparison["seeds"],
+            row = [comparison["title"], TITLES.get(metric, metric), comparison["n"], comparison["seeds"],
                    f"{r['a']:.3f}", f"{r['b']:.3f}", f"{r['difference']:+.3f}"]
             for key in ("ci95", "bca95"):
                 row.append("[{:+.3f}, {:+.3f}]".format(*r[key]))
@@ -669,44 +771,61 @@ def table_targets(study):
     # SPIDEr-FL where the detector of fluency errors has run, else what comes closest
     fluent = any(run.values.get("spider_fl") is not None for run in study.runs)
     fl, fl_name = ("spider_fl", "SPIDEr-FL") if fluent else (metric, f"{name}, no fluency penalty")
-    rows = []
-    for aim, target, measure, phase, stem, stage, key in (
-            ("AudioCaps SPIDEr, XE", "≥ 0.50", name, "core", "additive", "xe", metric),
-            ("AudioCaps SPIDEr, XE + SCST", "≥ 0.52", name, "core", "additive", "scst", metric),
-            ("AudioCaps SPIDEr-max", "≥ 0.53", name, "core", "additive", "xe", f"oracle_{metric}"),
-            ("AudioCaps METEOR, XE", "≥ 0.24", "METEOR", "core", "additive", "xe", "meteor"),
-            ("Clotho SPIDEr-FL", "≥ 0.33", fl_name, "clotho", "additive", "xe", fl),
-            ("reranker's gain in SPIDEr", "≥ 0.02", name, "core", "additive", "xe", f"gain_{metric}"),
-            ("VQA loss, no clip", "≤ 0.5", points, "core", "additive", "xe", "no_clip.loss"),
-            ("VQA loss, unrelated clip", "≤ 0.5", points, "core", "additive", "xe", "unrelated_clip.loss"),
-            ("VQA loss, unrelated clip, with keep", "≤ 0.5", points, "retention", "additive_keep", "xe",
-             "unrelated_clip.loss")):
+    # where a name is not said, the system that keeps counts, and the plain one where there is none
+    both, plain, keep = ("additive_keep", "additive"), ("additive",), ("additive_keep",)
+    rows, loss = [], "unrelated_clip.loss"
+    for aim, target, measure, phase, stems, stage, key in (
+            ("AudioCaps SPIDEr, XE", "≥ 0.50", name, "core", both, "xe", metric),
+            ("AudioCaps SPIDEr, XE + SCST", "≥ 0.52", name, "core", both, "scst", metric),
+            ("AudioCaps SPIDEr-max", "≥ 0.53", name, "core", both, "xe", f"oracle_{metric}"),
+            ("AudioCaps METEOR, XE", "≥ 0.24", "METEOR", "core", both, "xe", "meteor"),
+            ("Clotho SPIDEr-FL", "≥ 0.33", fl_name, "clotho", both, "xe", fl),
+            ("reranker's gain in SPIDEr", "≥ 0.02", name, "core", both, "xe", f"gain_{metric}"),
+            ("VQA loss, no clip", "0", "the backbone's own answers", "core", both, "xe", "exact"),
+            ("VQA loss, unrelated clip", "≤ 0.5", points, "core", plain, "xe", loss),
+            ("VQA loss, unrelated clip, with keep", "≤ 0.5", points, "core", keep, "xe", loss),
+            ("VQA loss, unrelated clip, with keep and SCST", "≤ 0.5", points, "core", keep, "scst", loss)):
+        runs = target_runs(study, phase, stems, stage, key)
+        scale = (2, 100) if measure == points else (3, 1)
+        count = {"exact": "exact_n", loss: "questions"}.get(key, "n")
+        system = runs[0].label if runs else "-"
+        reached = cell(runs, key, *scale) if runs else "missing"
+        rows.append([aim, target, measure, system, reached, cell(runs, count), folders(runs) or "-"])
+    finished = any(run.result for run in study.runs)
+    head = ["aim at full scale", "value", "measured here as", "system", "here", "n", "runs"]
+    return table(head, rows if finished else [], 4)
+
+
+def target_runs(study, phase, stems, stage, key):
+    """The seeds of the first of these names that has this value."""
+    for stem in stems:
         runs = []
-        for run in study.finished(phase):
+        for run in study.finished(phase, "retention" if phase == "core" else phase):
             if run.stem == stem and run.stage == stage and run.values.get(key) is not None:
                 runs.append(run)
-        # names are free: of runs of one name only those that are seeds of one system
-        runs = next(iter(grouped(runs).values()), [])
-        reached = cell(runs, key, *((2, 100) if measure == points else ())) if runs else "missing"
-        n = cell(runs, "questions" if measure == points else "n")
-        rows.append([aim, target, measure, reached, n, folders(runs) or "-"])
-    finished = any(run.result for run in study.runs)
-    return table(["aim at full scale", "value", "measured here as", "additive", "n", "runs"], rows if finished else [])
+        if runs:
+            # names are free: of runs of one name only those that are seeds of one system
+            return next(iter(grouped(runs).values()))
+    return []
 
 
 # ---------------------------------------------------------------- figures
 # Each draws on an empty figure and returns its caption. Where there is no data it draws and returns nothing.
 
 def looks(runs):
-    """{run: (label, style)}: systems of one name that differ in a flag have a label and a marker each."""
+    """{run: (label, style)}: variants of a system, such as with keep, have a label and a marker each."""
     found, variants = {}, defaultdict(list)
     for (label,), group in grouped(runs).items():
         for run in group:
-            alike = variants[run.label]
+            alike = variants[run.system, run.stage]
             if label not in alike:
                 alike.append(label)
             k = alike.index(label)
-            marker = VARIANTS[(k - 1) % len(VARIANTS)] if k else run.style["marker"]
+            marker = run.style["marker"]
+            if k:
+                # from the other end after SCST: additive + keep must not look like additive + keep + SCST
+                place = -k if run.stage == "scst" else k - 1
+                marker = VARIANTS[place % len(VARIANTS)]
             found[run] = label, {**run.style, "marker": marker}
     return found
 
@@ -725,8 +844,8 @@ def draw_log(ax, run, event, key, name, **look):
             ax.plot(steps, values, mfc=fill, lw=1.2, ms=4, label=label, **look)
 
 
-def draw_scores(ax, study, key, scale=1, apart=1.0, widths=True):
-    """Test score of core's runs and of those with keep against another of their values; returns the points.
+def draw_scores(ax, study, key, scale=1, apart=1.0):
+    """Test score of core's runs and of those with keep against another of their values.
 
     Hollow: with keep. A dashed line leads to the plain run of the same seed. apart: the factor between systems
     that have about the same value, so that they stand side by side.
@@ -742,7 +861,7 @@ def draw_scores(ax, study, key, scale=1, apart=1.0, widths=True):
             values.append(x)
         x *= shifts[label]
         # an interval has two ends, errorbar wants two lengths
-        if widths and f"{key}_ci95" in run.values:
+        if f"{key}_ci95" in run.values:
             low, high = run.values[f"{key}_ci95"]
             interval = [[x - scale * low], [scale * high - x]]
         fill = "white" if run.config["keep"] else style["color"]
@@ -753,7 +872,6 @@ def draw_scores(ax, study, key, scale=1, apart=1.0, widths=True):
         if run in points and plain in points:
             ax.plot(*zip(points[plain], points[run]), color="black", lw=0.7, ls=(0, (5, 2)), zorder=1)
     ax.set_ylabel(study.test_name)
-    return list(points.values())
 
 
 def half_width(run, metric):
@@ -805,90 +923,55 @@ def figure_pareto(study, figure):
 
 
 def figure_frontier(study, figure):
-    accuracy = "unrelated_clip.accuracy"
-    runs = [run for run in study.finished("core", "ablation", "retention") if accuracy in run.values]
+    key = "unrelated_clip.loss"
+    runs = [run for run in study.finished("core", "ablation", "retention") if key in run.values]
     if not runs:
         return None
-    backbone = 100 * runs[0].values["backbone.accuracy"]
-    figure.set_size_inches(9.6, 4.2)
-    axes = figure.subplots(1, 2, gridspec_kw={"width_ratios": (2, 3)})
-    for ax in axes:
-        ax.axvline(backbone, color="black", lw=0.8, ls=":", label="backbone alone")
-        # intervals of accuracy are wider than the second panel
-        points = draw_scores(ax, study, accuracy, 100, widths=ax is axes[0])
-        labels = draw_sweeps(ax, study, runs, accuracy)
-        ax.set_xlabel("VQA accuracy beside an unrelated clip, %")
-    # the second panel is the part near the backbone's line; weights of what lies there have room there only
-    points += [point for _, point, _ in labels]
-    best = max((y for _, y in points), default=0)
-    near = [(x, y) for x, y in points if x > backbone - NEAR[0] and y > NEAR[1] * best]
-    zoom(axes[1], near, backbone)
-    place_labels(axes[0], [label for label in labels if label[1] not in near], points, width=2.7)
-    place_labels(axes[1], [label for label in labels if label[1] in near], points)
-    axes[1].set_ylabel("")
-    axes[0].set_title("all", fontsize=9)
-    axes[1].set_title("near the backbone's accuracy", fontsize=9)
-    return ("Test score against VQA accuracy beside an unrelated clip, one point for each run with 95% intervals; right: "
-            f"the part within {NEAR[0]} percentage points of the backbone and with {NEAR[1]:.0%} of the best score. "
-            "Hollow: with keep; a dashed line leads to the plain run of the same seed. Solid grey and black lines: shorter "
-            "runs along a weight of the gates' regularisation, whose values the numbers are.")
+    figure.set_size_inches(8.6, 4.6)
+    ax = figure.subplots()
+    ax.axvline(0, color="black", lw=0.8, ls=":", label="backbone alone")
+    draw_scores(ax, study, key, 100)
+    draw_sweeps(ax, study, runs, key)
+    # most systems lose much, those that keep next to nothing: linear within a point of the backbone, then logarithmic
+    ax.set_xscale("symlog", linthresh=1, linscale=1.2)
+    ax.invert_xaxis()
+    ticks = []
+    for loss in (-3, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 100):
+        if min(ax.get_xlim()) <= loss <= max(ax.get_xlim()):
+            ticks.append(loss)
+    ax.set_xticks(ticks, [f"{loss:g}" for loss in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel("VQA accuracy lost beside an unrelated clip, percentage points")
+    return ("Test score against the VQA accuracy that is lost beside an unrelated clip, one point for each run with 95% "
+            "intervals; linear up to one percentage point, then logarithmic. Hollow: with keep; a dashed line leads to the "
+            "plain run of the same seed. Solid grey and black lines: shorter runs along a weight of the gates' "
+            "regularisation, whose values the numbers are.")
 
 
 def draw_sweeps(ax, study, runs, key):
-    """A line for each family along a weight of the gates' regularisation; returns [(weight, point, colour)]."""
+    """A line for each family along a weight of the gates' regularisation, with the weights beside its points."""
     # core's runs and those with keep beside them are points, not a sweep
-    labels = []
     others = [run for run in runs if run.phase != "core" and run not in study.kept]
-    for flag, colour in zip(WEIGHTS, ("black", "0.5")):
-        for family in sweep(others, [flag]):
+    for (flag, flags), colour, below in zip(SWEPT.items(), ("black", "0.5"), (4, -9)):
+        for family in sweep(others, flags):
             xs, ys = [], []
-            for (name, weight, _), group in family.items():
+            for (*_, weight, _), group in family.items():
                 xs.append(np.mean([100 * run.values[key] for run in group]))
                 ys.append(np.mean([run.values[study.metric] for run in group]))
-                labels.append((weight, (xs[-1], ys[-1]), colour))
-            ax.plot(xs, ys, color=colour, lw=0.9, marker=".", label=f"{group[0].label}, along {title(flag)}", zorder=4)
-    return labels
-
-
-def zoom(ax, points, x):
-    """Limits that hold these points and a vertical line at x, with a margin."""
-    xs, ys = [x], []
-    for point in points:
-        xs.append(point[0])
-        ys.append(point[1])
-    for values, limits in ((xs, ax.set_xlim), (ys, ax.set_ylim)):
-        if values:
-            margin = 0.15 * (max(values) - min(values)) or 0.1
-            limits(min(values) - margin, max(values) + margin)
-
-
-def place_labels(ax, labels, points, width=4.0, height=3.2):
-    """Write each text beside its point where it lies on no point and on no other text, with a thin line to it.
-
-    width, height: of the panel, about, in inches, in which distances are measured.
-    """
-    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
-    inches = np.array([width / (right - left), height / (top - bottom)])
-    # centres and half sizes of what is there
-    taken = [(np.array(point) * inches, 0.06) for point in points]
-    for text, point, colour in labels:
-        half = np.array([0.035 * len(text) + 0.02, 0.06])
-        # the first place that is free, on five growing circles, a sixteenth of a turn at a time
-        for k in range(80):
-            angle, radius = k * np.pi / 8, 0.13 + 0.08 * (k // 16)
-            centre = np.array(point) * inches + radius * np.array([np.cos(angle), np.sin(angle)])
-            if not any((np.abs(centre - other) < half + size).all() for other, size in taken):
-                break
-        taken.append((centre, half))
-        ax.annotate(text, point, centre / inches, ha="center", va="center", fontsize=7, color=colour, zorder=6,
-                    arrowprops={"arrowstyle": "-", "lw": 0.4, "color": colour, "shrinkA": 3, "shrinkB": 1})
+                ax.annotate(weight, (xs[-1], ys[-1]), (3, below), textcoords="offset points", fontsize=7, color=colour)
+            ax.plot(xs, ys, color=colour, lw=0.9, marker=".", label=f"{group[0].system}, along {title(flag)}", zorder=4)
 
 
 def figure_intervals(study, figure):
     found = list(comparisons(study).values())
-    metrics = interval_metrics(study, found)
     if not found:
         return None
+    there = set().union(*(comparison["metrics"] for comparison in found))
+    metrics = []
+    # CIDEr-D is what SCST rewards: the measures that know fluency stand beside it, and whatever somebody has added
+    for metric in [*TITLES, *sorted(there - set(TITLES))]:
+        if metric in there and (metric == study.metric or metric not in MINOR):
+            metrics.append(metric)
     figure.set_size_inches(5 + 1.8 * len(metrics), 1.2 + 0.3 * len(found))
     axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for ax, metric in zip(axes, metrics):
@@ -899,21 +982,10 @@ def figure_intervals(study, figure):
                 ax.plot(r["difference"], -row, color="black", marker="o", ms=5)
                 ax.text(1.02, -row, f"p {r['p']:.2g}", transform=ax.get_yaxis_transform(), va="center", fontsize=7)
         ax.axvline(0, color="black", lw=0.7, ls=":")
-        ax.set(xlabel=f"difference in {METRICS.get(metric, metric)}", ylim=(0.4 - len(found), 0.6))
+        ax.set(xlabel=f"difference in {TITLES.get(metric, metric)}", ylim=(0.4 - len(found), 0.6))
     labels = [f"{c['name']}, n = {c['n']}, seeds {c['seeds']}" for c in found]
     axes[0].set_yticks([-row for row in range(len(found))], labels, fontsize=7)
     return "Differences A - B with 95% percentile intervals and two-sided p, 10,000 resamples."
-
-
-def interval_metrics(study, found):
-    """Which metrics the figure has a panel for."""
-    there = set().union(*(comparison["metrics"] for comparison in found))
-    metrics = [study.metric, "meteor"]
-    # CIDEr-D is what SCST rewards: beside it stand the measures that know fluency
-    if there & {"fense", "spider_fl"}:
-        metrics += [metric for metric in ("cider_d", "spider_fl", "fense") if metric in there - set(metrics)]
-    # and whatever metric somebody has added
-    return metrics + sorted(there - set(METRICS))
 
 
 def figure_snr(study, figure):
@@ -923,30 +995,45 @@ def figure_snr(study, figure):
     kinds = list(dict.fromkeys(kind for _, kind in rows))
     figure.set_size_inches(8.6, 3.8)
     axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    for (name, kind), group in rows.items():
-        scores = []
-        for run in group:
-            scores.append([run.values.get(ratio, np.nan) for ratio in ratios])
-        # one seed: the interval over clips; several: the deviation between them
-        bars = [group[0].values.get(f"{ratio}_half_width", 0) for ratio in ratios]
-        if len(group) > 1:
-            bars = np.std(scores, axis=0, ddof=1)
+    for (label, kind), group in rows.items():
         ax = axes[kinds.index(kind)]
-        ax.errorbar(ratios, np.mean(scores, axis=0), bars, ls=group[0].line, lw=1.2, elinewidth=0.7,
-                    capsize=2, label=f"{name}, seeds: {len(group)}", **group[0].style)
         ax.set_xlabel(f"dB; noise: {'another clip' if kind == 'clip' else kind}")
+        for run in group:
+            scores = [run.values.get(ratio, np.nan) for ratio in ratios]
+            ax.plot(ratios, scores, ls=run.line, lw=1.2, ms=4, label=label, **run.style)
     axes[0].set_ylabel(study.test_name)
-    return ("Test score against signal-to-noise ratio, greedy decoding: mean and standard deviation over seeds, or with "
-            "one seed its 95% interval over clips.")
+    return "Test score against signal-to-noise ratio, greedy decoding, one line for each seed."
+
+
+def figure_attention(study, figure):
+    senses = load(study.folder / "senses.json")
+    if senses is None:
+        return None
+    figure.set_size_inches(8.6, 1.2 + 0.28 * len(senses["prompts"]))
+    ax = figure.subplots()
+    look = {"audio": ("#0072B2", "o"), "video": ("#D55E00", "s")}
+    for row, prompt in enumerate(senses["prompts"]):
+        for sense, shares in prompt["open"].items():
+            colour, marker = look[sense]
+            shares = np.multiply(100, shares)
+            # the range of the seeds, and their mean; the branch that the prompt is meant for is filled
+            ax.plot([shares.min(), shares.max()], [-row, -row], color=colour, lw=1)
+            own = sense == prompt["sense"]
+            ax.plot(shares.mean(), -row, color=colour, marker=marker, mfc=colour if own else "white", ls="",
+                    label=f"{sense} branch, {'its own' if own else 'not its'} prompt")
+    texts = [f"{prompt['text']}{' (trained)' if prompt['trained'] else ''}" for prompt in senses["prompts"]]
+    ax.set_yticks([-row for row in range(len(texts))], texts, fontsize=7)
+    ax.set(xlabel="attention that is not on the null slot, %", xlim=(-3, 103))
+    counts = ", ".join(f"{sense} {len(runs)}" for sense, runs in senses["runs"].items())
+    return (f"How much each branch reads of its sense at each prompt: mean and range over runs ({counts}). Filled: the "
+            "prompt asks for this sense.")
 
 
 # ---------------------------------------------------------------- the page to listen
 # captions.html is one file that opens from the disk: its text is data that a script puts on the page as text.
 
-# conditions of the probe that the page shows: key in retention_items.json, title
-ANSWERED = {
-    "backbone": "backbone alone", "no_clip": "no sound", "unrelated_clip": "unrelated clip", "silence": "silence",
-    "noise": "noise"}
+# conditions of the probe that the page shows where a run was asked under them
+ANSWERED = ("backbone", *CONDITIONS)
 
 # {policy} allows this style, this script, and pictures and sounds beside the page; no network, no other code
 PAGE = """<!doctype html>
@@ -960,7 +1047,6 @@ PAGE = """<!doctype html>
 <style>{style}</style>
 </head>
 <body>
-<header>
 <h1>Captions to listen to</h1>
 <nav aria-label="Parts of the page">
 <a data-part="captions" href="#">Captions</a>
@@ -972,9 +1058,9 @@ PAGE = """<!doctype html>
 <label>B <select name="b"></select></label>
 <label>Sort by <select name="sort">
 <option value="file">original order</option>
-<option value="score">score of A</option>
-<option value="difference">A minus B</option>
+<option value="score" data-part="captions">score of A</option>
 <option value="loss">answers lost by A</option>
+<option value="difference">A minus B</option>
 </select></label>
 <label data-part="captions">Score <select name="metric"></select></label>
 <label data-part="questions">Lost with <select name="under"></select></label>
@@ -984,7 +1070,6 @@ PAGE = """<!doctype html>
 </select></label>
 </form>
 <p id="count" role="status"></p>
-</header>
 <main id="rows"></main>
 <div id="end"></div>
 <noscript><p>This page needs JavaScript. It loads nothing from a network.</p></noscript>
@@ -994,7 +1079,8 @@ PAGE = """<!doctype html>
 </html>
 """
 
-# rows out of sight are not laid out (content-visibility); colours follow the reader's dark or light mode
+# Colours follow the reader's dark or light mode. Rows out of sight are not laid out (content-visibility), so that a
+# thousand clips do not slow the page down.
 PAGE_STYLE = """
 :root { --text: #1c1e21; --muted: #5c636b; --page: #fff; --card: #f5f6f8; --line: #d5d9de;
   --accent: #00609a; --wrong: #a83200; --right: #006b4a; }
@@ -1004,25 +1090,17 @@ PAGE_STYLE = """
 }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
-body { margin: 0 auto; max-width: 80rem; padding: 0 1rem 4rem; color: var(--text); background: var(--page);
+body { margin: 0 auto; max-width: 80rem; padding: 1rem; color: var(--text); background: var(--page);
   font: 1rem/1.45 system-ui, sans-serif; }
-a { color: var(--accent); }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-header { padding: .75rem 0; background: var(--page); border-bottom: 1px solid var(--line); }
 h1 { font-size: 1.3rem; margin: 0 0 .5rem; }
 h2 { font-size: 1rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin-bottom: .6rem; }
-nav a { padding: .2rem 0; text-decoration: none; }
-nav a[aria-current] { color: var(--text); font-weight: 600; border-bottom: 3px solid var(--accent); }
-#controls { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .5rem .75rem; }
-#controls label { font-size: .8rem; color: var(--muted); }
-#controls input, #controls select { display: block; width: 100%; min-height: 2.3rem; padding: .25rem .5rem;
-  font: inherit; font-size: 1rem; color: var(--text); background: var(--page);
-  border: 1px solid var(--line); border-radius: .35rem; }
-#count { margin: .5rem 0 0; color: var(--muted); font-size: .9rem; }
+a { color: var(--accent); margin-right: 1rem; }
+a[aria-current] { color: var(--text); font-weight: 600; text-decoration: none; }
+form { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .5rem .75rem; margin: .6rem 0; }
+label { font-size: .8rem; color: var(--muted); }
+input, select { display: block; width: 100%; min-height: 2.3rem; font: inherit; font-size: 1rem; }
 article { display: grid; grid-template-columns: minmax(15rem, 1fr) 2.2fr; gap: .75rem 1.5rem; margin: 1rem 0;
-  padding: 1rem; background: var(--card); border-radius: .5rem;
-  content-visibility: auto; contain-intrinsic-size: auto 22rem; }
+  padding: 1rem; background: var(--card); content-visibility: auto; contain-intrinsic-size: auto 22rem; }
 article > * { min-width: 0; }
 audio { display: block; width: 100%; height: 2.75rem; margin-bottom: .5rem; }
 img { display: block; max-width: 100%; width: 14rem; min-height: 2rem; margin-bottom: .5rem; }
@@ -1030,51 +1108,41 @@ ul { margin: 0; padding-left: 1.1rem; }
 li, td, p { overflow-wrap: anywhere; }
 p { margin: 0 0 .5rem; }
 .note { color: var(--muted); font-style: italic; }
-.small { color: var(--muted); font-size: .9rem; }
 .right { color: var(--right); }
 .wrong { color: var(--wrong); }
 table { width: 100%; table-layout: fixed; border-collapse: collapse; font-size: .95rem; }
-th, td { padding: .3rem .5rem; text-align: left; vertical-align: baseline; font-weight: normal;
-  border-top: 1px solid var(--line); }
-thead th { color: var(--muted); font-size: .85rem; border-top: 0; }
-tbody th { color: var(--muted); }
-tr.chosen th { color: var(--text); font-weight: 600; }
-.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .5rem; text-align: left; vertical-align: baseline; border-top: 1px solid var(--line); }
+th { color: var(--muted); font-weight: normal; }
+.number { text-align: right; width: 5.8rem; }
 .captions th:first-child { width: 11rem; }
-th.number { width: 5.8rem; }
-td.best { font-weight: 700; }
-table + p { margin-top: .6rem; }
-@media (min-width: 50rem) and (min-height: 40rem) { header { position: sticky; top: 0; z-index: 1; } }
 @media (max-width: 66rem) { article { grid-template-columns: 1fr; } }
+"""
+# On a phone a caption takes a line of its own below the system and its scores.
+PAGE_STYLE += """
 @media (max-width: 44rem) {
-  /* a caption takes a line of its own below the system and its scores */
   .captions tr { display: flex; flex-wrap: wrap; border-top: 1px solid var(--line); }
   .captions th, .captions td { border: 0; padding: .2rem 0; flex: 0 0 5.2rem; }
   .captions th:first-child { flex: 1; }
-  .captions .caption { order: 1; flex-basis: 100%; padding-bottom: .4rem; }
+  .captions .caption { order: 1; flex-basis: 100%; }
   .captions thead .caption { display: none; }
-}
-@media (max-width: 30rem) {
-  body { padding: 0 .6rem 4rem; }
-  #controls { grid-template-columns: 1fr 1fr; }
-  #controls label:first-child { grid-column: 1 / -1; }
-  article { padding: .75rem; }
+  form { grid-template-columns: 1fr 1fr; }
 }
 """
 
-# The address after # holds the whole view, so that a view can be linked: controls write it, show() reads it.
+# What the page is made of. A text from a file becomes a node's text and is never read as markup. WINDOW is the
+# number of rows that are made at a time, as the reader scrolls; `waiting` has those that are not on the page yet.
 PAGE_SCRIPT = """
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const form = document.getElementById("controls");
+const fields = [...form.elements];
 const rows = document.getElementById("rows");
 const end = document.getElementById("end");
 const clips = new Map(data.clips.map(clip => [clip.id, clip]));
-const WINDOW = 30;  // rows made at a time, as the reader scrolls
-let view = {};      // part of the page, and the value of each control
-let waiting = [];   // rows that are not on the page yet
+const WINDOW = 30;
+let view = {};
+let waiting = [];
 
-// Text from files goes through here and is never read as markup.
 function element(name, text = "", className = "") {
   const made = document.createElement(name);
   made.textContent = text;
@@ -1088,12 +1156,15 @@ function group(name, children, className = "") {
   return made;
 }
 
-function number(value, sign = false) {
-  if (value === null) return "-";
-  return (sign && value > 0 ? "+" : "") + value.toFixed(3);
+function rowHead(text) {
+  const head = element("th", text);
+  head.scope = "row";
+  return head;
 }
+"""
 
-// A sound or a picture, or a note where its file is gone.
+# A sound or a picture. Where its file is gone, or goes after the page was written, a note says so.
+PAGE_SCRIPT += """
 function media(name, link, label) {
   const gone = element("p", `${label}: the file is gone or cannot be opened.`, "note");
   if (!link) return gone;
@@ -1110,58 +1181,45 @@ function media(name, link, label) {
   made.src = link;
   return made;
 }
+"""
 
-// ---- answers of the probe
-
-// {text, right} of a system's answer under a condition, or null.
+# A system's answer under a condition: [text, right], null where it was not asked. lost() is 1 where the backbone
+# alone is right and this answer is wrong, -1 the other way round.
+PAGE_SCRIPT += """
 function answer(question, system, condition) {
   const answers = question.answers[system];
   const place = answers ? answers[data.conditions.findIndex(c => c[0] === condition)] : null;
-  if (place === null) return null;
-  const [text, right] = question.texts[place];
-  return {text, right};
+  return place === null ? null : question.texts[place];
 }
 
-// 1: the backbone alone is right and this answer is wrong; -1: the other way round; null: not asked.
 function lost(question, system, condition) {
   const before = answer(question, system, "backbone");
   const after = answer(question, system, condition);
-  return before && after ? before.right - after.right : null;
+  return before && after ? before[1] - after[1] : null;
+}
+"""
+
+# What rows are sorted by: of clips a score, or the answers that are lost while they play; of questions a lost answer.
+# Rows without one (null) come last.
+PAGE_SCRIPT += """
+function lostBeside(clip, system) {
+  const asked = data.questions.filter(question => question.clip === clip.id);
+  if (!asked.length) return null;
+  return asked.reduce((sum, question) => sum + lost(question, system, "unrelated_clip"), 0);
 }
 
-// {clip id: [losses]} of a system's answers beside each clip.
-function lossesBeside(system) {
-  const losses = new Map();
-  for (const question of data.questions) {
-    const loss = lost(question, system, "unrelated_clip");
-    if (loss === null) continue;
-    if (!losses.has(question.clip)) losses.set(question.clip, []);
-    losses.get(question.clip).push(loss);
-  }
-  return losses;
-}
-
-// ---- what the rows are sorted by: a number, or null for the end of the list
-
-const sum = values => values.reduce((total, value) => total + value, 0);
-const minus = (a, b) => a === null || b === null ? null : a - b;
-
-function score(clip, system) {
-  const scores = clip.scores[system];
+function value(row, system) {
+  if (view.part === "questions") return lost(row, system, view.under);
+  if (view.sort === "loss") return lostBeside(row, system);
+  const scores = row.scores[system];
   return scores ? scores[view.metricIndex] : null;
 }
 
 function sortKey(row) {
-  const {A, B, sort, under} = view;
-  if (view.part === "questions") {
-    if (sort === "loss") return lost(row, A, under);
-    if (sort === "difference") return minus(lost(row, A, under), lost(row, B, under));
-    return null;
-  }
-  if (sort === "score") return score(row, A);
-  if (sort === "difference") return minus(score(row, A), score(row, B));
-  if (sort === "loss" && view.losses.has(row.id)) return sum(view.losses.get(row.id));
-  return null;
+  const a = value(row, view.A);
+  if (view.sort !== "difference") return a;
+  const b = value(row, view.B);
+  return a === null || b === null ? null : a - b;
 }
 
 function sorted(list) {
@@ -1174,76 +1232,53 @@ function sorted(list) {
   });
   return keyed.map(([, row]) => row);
 }
+"""
 
-// What a filter looks through, made once for each row.
+# What the filter looks through: all words of a row.
+PAGE_SCRIPT += """
 function haystack(row) {
-  if (row.haystack === undefined) {
-    const texts = view.part === "questions"
-      ? [row.id, row.clip, row.question, row.truth, ...row.texts.map(([text]) => text)]
-      : [row.id, row.question, ...row.references, ...row.captions];
-    row.haystack = texts.join("\\n").toLowerCase();
-  }
-  return row.haystack;
+  const texts = view.part === "questions"
+    ? [row.id, row.clip, row.question, row.truth, ...row.texts.map(([text]) => text)]
+    : [row.id, row.question, ...row.references, ...row.captions];
+  return texts.join("\\n").toLowerCase();
 }
+"""
 
-// ---- rows
-
+# A clip: its sound and references, beside them a line for each system.
+PAGE_SCRIPT += """
 function clipRow(clip) {
   const left = [element("h2", clip.id), media("audio", clip.link, "Sound")];
   if (clip.question) left.push(element("p", clip.question));
-  left.push(element("p", "References", "small"));
+  const gone = view.sort === "loss" ? lostBeside(clip, view.A) : null;
+  if (gone !== null) left.push(element("p", `Answers about images lost beside it, less those won: ${gone}`));
+  left.push(element("p", "References:", "note"));
   left.push(group("ul", clip.references.map(text => element("li", text))));
-  const right = [...sortLine(clip), captionTable(clip), ...vqaLine(clip)];
-  return group("article", [group("div", left), group("div", right)]);
+  return group("article", [group("div", left), captionTable(clip)]);
 }
 
 function captionTable(clip) {
   const head = group("tr", [element("th", "system"), element("th", "caption", "caption")]);
   for (const [, title] of data.metrics) head.append(element("th", title, "number"));
-  const best = data.metrics.map((_, m) => Math.max(...clip.scores.map(scores => scores ? scores[m] : 0)));
-  const sortedBy = {file: [], difference: [view.A, view.B]}[view.sort] ?? [view.A];
   const body = element("tbody");
   data.systems.forEach((system, k) => {
     const caption = clip.captions[k];
     if (caption === null) return;
-    const name = element("th", system);
-    name.scope = "row";
     const words = caption ? element("td", caption, "caption") : element("td", "(no words)", "caption note");
-    const line = group("tr", [name, words]);
-    clip.scores[k].forEach((value, m) => {
-      line.append(element("td", number(value), value > 0 && value === best[m] ? "number best" : "number"));
-    });
-    if (sortedBy.includes(k)) line.className = "chosen";
+    const line = group("tr", [rowHead(system), words]);
+    for (const score of clip.scores[k]) line.append(element("td", score === null ? "-" : score.toFixed(3), "number"));
     body.append(line);
   });
   return group("table", [group("thead", [head]), body], "captions");
 }
+"""
 
-function sortLine(clip) {
-  if (view.sort !== "difference") return [];
-  const title = data.metrics[view.metricIndex][1];
-  const names = `${data.systems[view.A]} minus ${data.systems[view.B]}`;
-  return [element("p", `${title}, ${names}: ${number(sortKey(clip), true)}`, "small")];
-}
-
-// How many questions of the probe were asked beside this clip, with a link to them.
-function vqaLine(clip) {
-  const losses = view.losses.get(clip.id);
-  if (!losses) return [];
-  const gone = losses.filter(loss => loss > 0).length;
-  const won = losses.filter(loss => loss < 0).length;
-  const link = element("a", `questions beside this clip: ${losses.length}`);
-  link.href = address({part: "questions", text: clip.id, a: data.systems[view.A], b: data.systems[view.B]});
-  const line = element("p", `${data.systems[view.A]}, `, "small");
-  line.append(link, `, answers lost: ${gone}, won: ${won}`);
-  return [line];
-}
-
+# A question: its picture and the clip that played, beside them the answers of A and B under each condition.
+PAGE_SCRIPT += """
 function questionRow(question) {
   const left = [media("img", question.image, "Picture")];
   const clip = clips.get(question.clip);
   if (clip) {
-    left.push(element("p", `Unrelated clip ${clip.id}`, "small"));
+    left.push(element("p", `Unrelated clip ${clip.id}`));
     left.push(media("audio", clip.link, "Unrelated clip"));
   }
   const truth = element("p", `Right answer: ${question.truth}`);
@@ -1256,75 +1291,70 @@ function answerTable(question) {
   const head = group("tr", [element("th"), ...systems.map(k => element("th", data.systems[k]))]);
   const body = element("tbody");
   for (const [condition, title] of data.conditions) {
-    const name = element("th", title);
-    name.scope = "row";
-    const line = group("tr", [name]);
-    for (const k of systems) {
-      const given = answer(question, k, condition);
-      if (given) {
-        const mark = given.right ? "\\u2713 " : "\\u2717 ";  // not by colour alone
-        line.append(element("td", mark + (given.text || "(no words)"), given.right ? "right" : "wrong"));
-      } else {
-        line.append(element("td", "not asked", "note"));
-      }
-    }
-    if (condition === view.under && view.sort !== "file") line.className = "chosen";
+    const line = group("tr", [rowHead(title)]);
+    for (const k of systems) line.append(answerCell(answer(question, k, condition)));
     body.append(line);
   }
   return group("table", [group("thead", [head]), body], "answers");
 }
+"""
 
-// ---- the view
+# An answer has a mark too: colours alone do not tell everybody what is right.
+PAGE_SCRIPT += """
+function answerCell(given) {
+  if (!given) return element("td", "not asked", "note");
+  const [text, right] = given;
+  return element("td", (right ? "\\u2713 " : "\\u2717 ") + (text || "(no words)"), right ? "right" : "wrong");
+}
+"""
 
-const fields = [...form.elements];
-
+# The address after # holds the whole view, so that a view can be linked: controls write it, show() reads it. For a
+# value that a control does not offer its first one counts. A field that is being typed in is left alone: a reader may
+# have typed on since the address was written.
+PAGE_SCRIPT += """
 function address(values) {
   const hash = new URLSearchParams();
   for (const [name, value] of Object.entries(values)) if (value) hash.set(name, value);
   return "#" + hash;
 }
 
-// The view from the address; for a value that a control does not offer, its own.
 function readView() {
   const hash = new URLSearchParams(location.hash.slice(1));
   view = {part: hash.get("part") === "questions" ? "questions" : "captions"};
   for (const field of fields) {
     const options = [...field.options ?? []].map(option => option.value);
-    const first = {b: options[1], under: "unrelated_clip"}[field.name] ?? options[0] ?? "";
+    const first = options[field.name === "b" ? 1 : 0] ?? options[0] ?? "";
     const wanted = hash.get(field.name) ?? first;
     view[field.name] = field.options && !options.includes(wanted) ? first : wanted;
-    // a reader may have typed on since the address was written
     if (field.type !== "search" || field !== document.activeElement) field.value = view[field.name];
   }
   view.A = data.systems.indexOf(view.a);
   view.B = data.systems.indexOf(view.b);
   view.metricIndex = data.metrics.findIndex(metric => metric[0] === view.metric);
-  view.losses = lossesBeside(view.A);
 }
 
 function show() {
   readView();
-  for (const label of form.querySelectorAll("[data-part]")) label.hidden = label.dataset.part !== view.part;
-  form.elements.sort.options[1].hidden = view.part === "questions";  // an answer has no score
+  for (const control of form.querySelectorAll("[data-part]")) control.hidden = control.dataset.part !== view.part;
   for (const link of document.querySelectorAll("nav a")) {
     link.href = address({part: link.dataset.part, a: view.a, b: view.b});
     if (link.dataset.part === view.part) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  const all = view.part === "questions" ? data.questions : data.clips;
+  const all = data[view.part === "questions" ? "questions" : "clips"];
   const words = view.text.toLowerCase().split(/\\s+/);
-  // the whole of an id means that one alone, though others may contain it
-  const exact = all.filter(row => view.text && [row.id, row.clip].includes(view.text));
-  const kept = exact.length ? exact : all.filter(row => words.every(word => haystack(row).includes(word)));
-  waiting = sorted(kept);
-  const count = `${kept.length} of ${all.length} ${view.part === "questions" ? "questions" : "clips"}`;
-  document.getElementById("count").textContent = count;
+  waiting = sorted(all.filter(row => words.every(word => haystack(row).includes(word))));
+  const kind = view.part === "questions" ? "questions" : "clips";
+  document.getElementById("count").textContent = `${waiting.length} of ${all.length} ${kind}`;
   rows.replaceChildren();
   scrollTo(0, 0);
   grow();
 }
+"""
 
-// The next rows; watching the end again tells whether the reader still sees it.
+# The next rows are made when the reader comes near the end of the page; watching the end again tells whether it is
+# still near.
+PAGE_SCRIPT += """
 function grow() {
   const make = view.part === "questions" ? questionRow : clipRow;
   rows.append(...waiting.splice(0, WINDOW).map(make));
@@ -1335,7 +1365,10 @@ function grow() {
 const watcher = new IntersectionObserver(seen => {
   if (seen.some(entry => entry.isIntersecting)) grow();
 }, {rootMargin: "2000px"});
+"""
 
+# The choices of the controls. The view changes once for a word and not for each letter; one sound plays at a time.
+PAGE_SCRIPT += """
 function fill(name, options) {
   for (const [value, title] of options) {
     const option = element("option", title);
@@ -1352,7 +1385,7 @@ document.querySelector("nav a:last-child").hidden = !data.questions.length;
 
 let timer;
 form.addEventListener("input", () => {
-  clearTimeout(timer);  // once for a word, not for each letter
+  clearTimeout(timer);
   timer = setTimeout(() => {
     const values = Object.fromEntries(fields.map(field => [field.name, field.value]));
     location.replace(address({part: view.part, ...values}));
@@ -1360,7 +1393,6 @@ form.addEventListener("input", () => {
 });
 form.addEventListener("submit", event => event.preventDefault());
 addEventListener("hashchange", show);
-// one sound at a time
 document.addEventListener("play", event => {
   for (const audio of document.querySelectorAll("audio")) if (audio !== event.target) audio.pause();
 }, true);
@@ -1372,9 +1404,8 @@ def page_runs(runs):
     """What the page shows of finished runs: the first seed of each system, with SCST too."""
     chosen = {}
     for run, (label, _) in looks(runs).items():
-        # the system that learned to hear without forgetting how to see belongs beside those of phase 1
-        kept = run.phase == "retention" and run.stem == "additive_keep"
-        if run.result and run.own and (run.phase == "core" or kept):
+        # older studies have the system that keeps among the sweeps of phase 3
+        if run.result and run.own and (run.phase == "core" or run.stem == "additive_keep"):
             if label not in chosen or run.seed < chosen[label].seed:
                 chosen[label] = run
     found = []
@@ -1402,10 +1433,14 @@ def write_page(folder, runs):
             scores += [item["scores"].get(metric) for item in run["items"]]
         # FENSE is there where its models are installed
         if any(score is not None for score in scores):
-            metrics.append([metric, METRICS.get(metric, metric)])
+            metrics.append([metric, TITLES.get(metric, metric)])
     labels = [run["label"] for run in runs]
-    content = {"systems": labels, "metrics": metrics, "conditions": list(ANSWERED.items()),
-               "clips": page_clips(folder, runs, metrics), "questions": page_questions(folder, runs)}
+    asked = set()
+    for run in runs:
+        asked.update(*(run["retention"] or []))
+    conditions = [[name, name.replace("_", " ")] for name in ANSWERED if name in asked]
+    content = {"systems": labels, "metrics": metrics, "conditions": conditions,
+               "clips": page_clips(folder, runs, metrics), "questions": page_questions(folder, runs, conditions)}
     # without "<" no text can end the element that it is in
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     # only code with these hashes runs; file: is for a page from the disk, 'self' for one from a server
@@ -1442,8 +1477,8 @@ def page_clips(folder, runs, metrics):
     return list(clips.values())
 
 
-def page_questions(folder, runs):
-    """[question of the probe with every system's answers under ANSWERED]."""
+def page_questions(folder, runs, conditions):
+    """[question of the probe with every system's answers, in the order of `conditions`]."""
     questions = {}
     for k, run in enumerate(runs):
         for item in run["retention"] or []:
@@ -1453,7 +1488,7 @@ def page_questions(folder, runs):
                 "image": None, "texts": [], "answers": [None] * len(runs)})
             question["image"] = question["image"] or page_link(folder, run["folder"], item.get("image"))
             places = []
-            for condition in ANSWERED:
+            for condition, _ in conditions:
                 place = None
                 if condition in item:
                     # most answers are the same: each text is written once, and its place in the list after that
@@ -1463,7 +1498,7 @@ def page_questions(folder, runs):
                         question["texts"].append(answer)
                     place = question["texts"].index(answer)
                 places.append(place)
-            question["answers"][k] = places  # in the order of ANSWERED
+            question["answers"][k] = places
     return list(questions.values())
 
 
@@ -1489,14 +1524,12 @@ def page_link(folder, project, path):
 def sections(study):
     """(title, phase that makes it, table or None, note, figures) of the report, in order."""
     name = study.metric_name
-    best, means = best_baseline(study.runs, study.metric)
-    means = ", ".join(f"{system} {mean:.3f}" for system, mean in means.items())
     core, clotho = study.finished("core"), study.finished("clotho")
     video, elsewhere, probe = [], [], ""
     for run in study.runs:
         if run.result and run.data:
             elsewhere.append(run)
-        elif run.result and run.phase == "video":
+        elif run.result and run.phase == "video" and not run.attached:
             video.append(run)
         if run.retention and not probe:
             probe = f" (hash {run.retention['hash'][:12]})"
@@ -1506,11 +1539,13 @@ def sections(study):
     yield ("Published results", 1, published if core else None,
            "The first five are closest to this study: a language model, frozen or with LoRA, trained on AudioCaps alone. "
            "Published test sets of AudioCaps have n = 975, 957 or 883 clips.", [])
-    yield ("T1 AudioCaps, test split", 1, table_scores(core, ["system"], EFFICIENCY),
-           "Scores of the first beam of 5. With several seeds: mean ± sample standard deviation. Minutes to 90%: when "
-           "validation first reached 90% of its final score. FLOPs: matrix products in decoding a clip, by "
-           "torch.utils.flop_counter. Clips/s: where a run is reranked, drawing its samples is included."
+    yield ("T1 AudioCaps, test split", 1, table_scores(core, ["system"]),
+           "Scores of the first beam of 5. With several seeds: mean ± sample standard deviation." + judge(core)
            + other_clips(core), [figure_curves, figure_gates, figure_pareto])
+    yield ("Efficiency", 1, run_table(["system"], grouped(core), EFFICIENCY),
+           "Minutes to 90%: when validation first reached 90% of its final score. GB: the most that the process held, of "
+           "the GPU or, without one, of RAM. Clips/s: where a run is reranked, drawing its samples is included. FLOPs: "
+           "matrix products in decoding a clip, by torch.utils.flop_counter.", [])
     yield ("T2 Clotho, evaluation split", 1, table_scores(clotho, ["system", "start"]),
            "Scores of the first beam of 5." + other_clips(clotho), [])
     yield "T3 Layers", 2, table_sweep(study, ["layers"]), "Rows differ only in the flags shown.", []
@@ -1520,24 +1555,32 @@ def sections(study):
            f"Oracle: each clip's best candidate by {name} against the test references. Weights of log-probability, "
            "CLAP and consensus: chosen on validation.", [])
     yield ("T5 VQA retention", 1, table_retention(study),
-           f"VQA accuracy in percent{probe}, and agreement with the backbone's own answers. Where there is one seed, "
-           "the 95% interval over questions.", [figure_frontier])
+           f"VQA accuracy in percent{probe}. Conflict: the clip's captions name another answer to the question. Loss: in "
+           "percentage points. Relative retention (accuracy in percent of the backbone's), agreement with the backbone's "
+           "own answers and NLL of the right ones: beside an unrelated clip. Exact: with closed gates, no clip or nothing "
+           "attached the answers are the backbone's. Where there is one seed, the 95% interval over questions.",
+           [figure_frontier])
     yield ("Gate regularisation: keep", 3, table_sweep(study, ["null_slot", "keep"]),
            "Keep: weight of the divergence from the backbone's own answers beside unrelated clips.", [])
     yield "Gate regularisation: L2", 3, table_sweep(study, ["gate_l2"]), "", []
     yield ("Video", 3, table_scores(video, ["run", "trained", "given"]),
-           "Scores of the first beam of 5, test split of the audio-visual dataset. \"A with B\": B is attached beside A. "
-           "Given: all branches had the clip, or only those of one modality; shuffled: the run's own branch had another clip."
-           + other_clips(video), [])
-    yield ("Cost of the second modality", 3, table_tries(study),
+           "Scores of the first beam of 5, test split of the audio-visual dataset, nothing attached beside a run. Shuffled: "
+           "it had another clip." + other_clips(video), [])
+    # tests/senses.py makes this figure's file, and no phase
+    attention = [figure_attention] if (study.folder / "senses.json").is_file() else []
+    yield ("Senses that compose", 3, table_senses(study),
+           "An audio and a video branch were trained apart and are attached together. Captions and answers: what the "
+           "video branch costs the audio branch. Videos with sound: both branches had the clip, or one of them, or the "
+           "video branch had another clip.", attention)
+    yield ("Cost of the second modality: all tries", 3, table_tries(study),
            f"In percentage points. Captions: {name} of audio captions without and with an unrelated video. VQA: "
            "beside an unrelated clip, without and with an unrelated video.", [])
     if elsewhere:  # no phase of the study makes these
         yield ("Other data", 1, table_scores(elsewhere, ["system", "phase", "data"]),
                "Runs that captioned the test split of a dataset that they were not trained on." + other_clips(elsewhere), [])
     yield ("Comparisons", 4, table_statistics(study),
-           f"Best baseline, chosen on validation: {best} (mean validation {name} {means}). Paired bootstrap of items, "
-           "and of seeds if there are several. p is two-sided, Holm over the metrics of a comparison."
+           f"The headline is against the baseline with the best mean validation {name}. Paired bootstrap of items, and of "
+           "seeds if there are several. p is two-sided, Holm over the metrics of a comparison."
            + dropped_items(study), [figure_intervals])
     yield "Appendix: gates at the start", 5, table_sweep(study, ["gate_init"]), "", []
     yield "Appendix: noise", 5, table_robustness(study), f"Test {name}, greedy decoding.", [figure_snr]
@@ -1584,7 +1627,7 @@ def report_body(study):
         if not text:
             missing.append(f"{heading} (phase {phase})")
     present = {run.system for run in study.core}
-    missing += [f"{SYSTEMS[system][0]} in core (phase 1)" for system in SYSTEMS if system not in present]
+    missing += [f"{STYLES[system][0]} in core (phase 1)" for system in EXPECTED if system not in present]
     return body, missing
 
 
@@ -1607,6 +1650,7 @@ def report_head(study):
             # stages and other folders of a run share its training
             seconds += run.result.get("train_seconds", 0) if run.own and run.stage == "xe" else 0
     head.append(f"{results} results, {seconds / 3600:.2f} hours of training.")
+    head += headline_sentences(study)
     if study.metric == "spider_lite":
         head.append("Not all runs chose their checkpoints by SPIDEr, which needs SPICE: spider_lite stands in for it, "
                     "under its own name.")

@@ -1,11 +1,13 @@
 """The contract of data.Encoder, kept by a small random checkpoint of every type in data.ENCODERS, saved and loaded."""
 import json
+import shutil
 
 import data  # first: it makes torchaudio importable, which transformers needs
 import numpy as np
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from test_data import clap_folder, timesformer_folder  # noqa: F401  fixtures
 from test_data import clotho  # noqa: F401
 from test_train import run
@@ -241,9 +243,11 @@ def test_an_unknown_type_or_modality_is_one_line(modality, other, folders, tmp_p
 
 class Wav2Vec2Encoder(data.AudioEncoder):
     """An encoder that is not in the table."""
+    unused = ("masked_spec_embed",)  # for training; checkpoints are released with it and without
 
     def __init__(self, path, device="cpu"):
-        model, self.extractor, settings = data._pretrained(path, hf.Wav2Vec2Model, hf.Wav2Vec2FeatureExtractor)
+        model, self.extractor, settings = data._pretrained(
+            path, hf.Wav2Vec2Model, hf.Wav2Vec2FeatureExtractor, unused=self.unused)
         hash = data._hash_model(f"{settings} 10 8", model)
         super().__init__(path, device, model, model.config.hidden_size, hash)
         self.rate = self.extractor.sampling_rate
@@ -257,14 +261,47 @@ class Wav2Vec2Encoder(data.AudioEncoder):
         return data._mean_of(self.model(inputs).last_hidden_state, 8)
 
 
-def test_another_encoder_in_a_few_lines(clotho, tmp_path, monkeypatch):  # noqa: F811
-    """With a line in the table it loads by its model_type, goes through the cache and keeps its order."""
+def save_wav2vec2(folder):
     config = hf.Wav2Vec2Config(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, conv_dim=[8] * 7,
         num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)
     torch.manual_seed(0)
-    hf.Wav2Vec2Model(config).save_pretrained(tmp_path / "model")
-    hf.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "model")
+    hf.Wav2Vec2Model(config).save_pretrained(folder)
+    hf.Wav2Vec2FeatureExtractor().save_pretrained(folder)
+
+
+def without(folder, beginning, out):
+    """A copy of a checkpoint that lacks the weights whose names begin so."""
+    shutil.copytree(folder, out)
+    weights, kept = load_file(out / "model.safetensors"), {}
+    for name, tensor in weights.items():
+        if not name.startswith(beginning):
+            kept[name] = tensor
+    assert len(kept) < len(weights)
+    save_file(kept, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def test_only_weights_that_no_frame_depends_on_may_lack(folders, tmp_path):
+    save_wav2vec2(tmp_path / "whole")
+    for kind, folder, unused, used in (
+            (Wav2Vec2Encoder, tmp_path / "whole", "masked_spec_embed", "encoder.layer_norm"),
+            (data.WhisperEncoder, folders["whisper"], "decoder.", "encoder.layer_norm"),
+            (data.PEAudioEncoder, folders["pe_audio"], "text_", "audio_encoder.norm"),
+            (data.VJEPA2Encoder, folders["vjepa2"], "predictor.", "encoder.layernorm")):
+        name = kind.__name__
+        whole, part = kind(folder), kind(without(folder, unused, tmp_path / f"{name} part"))
+        clips = whole.noise(np.random.default_rng(0), 1)
+        assert torch.equal(part.encode(clips)[0], whole.encode(clips)[0])
+        assert kind(tmp_path / f"{name} part").hash == part.hash  # nothing in it is random
+        with pytest.raises(data.InputError, match=f"[12] weights lack: {used}") as error:
+            kind(without(folder, used, tmp_path / f"{name} broken"))
+        assert "\n" not in str(error.value)
+
+
+def test_another_encoder_in_a_few_lines(clotho, tmp_path, monkeypatch):  # noqa: F811
+    """With a line in the table it loads by its model_type, goes through the cache and keeps its order."""
+    save_wav2vec2(tmp_path / "model")
     monkeypatch.setitem(data.ENCODERS, "wav2vec2", Wav2Vec2Encoder)
     encoder = data.load_encoder(str(tmp_path / "model"), "audio", "cpu")
     split = data.read_split("clotho", clotho, "test")

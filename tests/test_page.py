@@ -23,7 +23,7 @@ MARKUP = "<img src=x onerror=\"alert('caption')\">"
 SCRIPT = "</script><script>alert('end')</script><!-- {script} {data} &lt;b&gt; \\u003c"
 LINES = "one\u2028two\u2029three\u0000\r\n\ttab"
 NAME = "it's \"a\" #1 of 100%, caf\u00e9 <b>&amp;?x=y.wav"
-CONDITIONS = ("backbone", "no_clip", "unrelated_clip", "silence", "noise")
+CONDITIONS = ("backbone", "unrelated_clip", "silence", "noise", "conflict")
 
 
 def sound(path):
@@ -67,10 +67,10 @@ def page(tmp_path_factory):
     first = [item(i, c, s, p) for i, c, s, p in zip(ids, [MARKUP, SCRIPT, LINES, ""], [0.1, 0.4, 0.3, 0.2], paths)]
     # another order, no caption of d, a score that is no number
     second = [item(i, f"second of {i}", s, p) for i, s, p in zip(ids[2::-1], [float("nan"), 0.1, 0.5], paths[2::-1])]
-    one = [asked("q1", "clip a", "Red", ["red", "red.", "blue", "red", "red"], "data/a picture #2.png"),
+    one = [asked("q1", "clip a", "Red", ["red", "blue", "red.", "red"], "data/a picture #2.png"),
            asked("q2", "clip a", "two", ["two"] * 5),
-           asked("q3", SCRIPT, "yes", ["no", "no", "yes", MARKUP, SCRIPT], "data/gone.png")]
-    two = [asked("q1", "clip a", "Red", ["red"] * 5), asked("q2", "clip a", "two", ["two", "two", "three", "two", "two"])]
+           asked("q3", SCRIPT, "yes", ["no", "yes", "no", MARKUP, SCRIPT], "data/gone.png")]
+    two = [asked("q1", "clip a", "Red", ["red"] * 5), asked("q2", "clip a", "two", ["two", "three", "two", "two", "two"])]
     runs = [{"label": "first + keep", "folder": str(project), "metric": "spider_lite", "items": first, "retention": one},
             {"label": "second", "folder": str(project), "metric": "spider_lite", "items": second, "retention": two},
             {"label": MARKUP, "folder": str(project), "metric": "spider_lite", "items": first[:1], "retention": None}]
@@ -161,8 +161,17 @@ def test_answers_are_judged_as_in_evaluate(page):
         for b in texts:
             assert (plots.plain(a) == plots.plain(b)) == bool(evaluate.correct(a, b))
     first = page[1]["questions"][0]
-    assert first["texts"] == [["red", 1], ["red.", 1], ["blue", 0]]
-    assert first["answers"] == [[0, 1, 2, 0, 0], [0, 0, 0, 0, 0], None]
+    assert first["texts"] == [["red", 1], ["blue", 0], ["red.", 1]]
+    # conflict is asked where some clip names another answer
+    assert first["answers"] == [[0, 1, 2, 0, None], [0, 0, 0, 0, 0], None]
+    assert page[1]["conditions"] == [[name, name.replace("_", " ")] for name in CONDITIONS]
+
+
+def test_only_conditions_that_were_asked_are_shown(tmp_path):
+    runs = [{"label": "x", "folder": ".", "metric": "spider", "items": [item("a", "x", 0.5)],
+             "retention": [asked("q1", "a", "red", ["red", "red", "red", "red"])]}]
+    assert plots.write_page(tmp_path, runs)
+    assert [name for name, _ in content(tmp_path)["conditions"]] == ["backbone", "unrelated_clip", "silence", "noise"]
 
 
 def test_fence_is_shown_where_it_is_present(tmp_path):
@@ -425,26 +434,27 @@ def test_browser_sorts_and_filters(browser, page):
     browser.choose("b", "second")
     browser.choose("sort", "difference")
     assert browser.ids()[:2] == ["clip b", "clip a"]
-    assert "CIDEr-D, first + keep minus second: +0.600" in browser.js("document.querySelector('main').textContent")
-    browser.choose("sort", "loss")  # beside clip a the first lost one of two answers, beside the other it won one
-    assert browser.ids() == ["clip a", SCRIPT, "clip b", "clip"]
+    # answers are lost by questions, scores are of clips
+    hidden = "[...document.querySelectorAll('form [hidden]')].map(x => x.value ?? x.querySelector('select').name)"
+    assert browser.js(hidden) == ["loss", "under"]
     browser.choose("text", "SECOND  of Clip B")
     assert browser.ids() == ["clip b"] and browser.js("document.getElementById('count').textContent") == "1 of 4 clips"
-    browser.choose("text", "clip")  # an id, though others have the word too
-    assert browser.ids() == ["clip"]
     browser.choose("text", "reference")
     assert len(browser.ids()) == 4 and not browser.mistakes()
 
 
 def test_browser_shows_the_answers_of_two_runs(browser, page):
     browser.open(page[0])
-    browser.js("[...document.querySelectorAll('article a')][0].click()")  # the questions beside this clip
+    browser.js("document.querySelector('nav a:last-child').click()")
     browser.wait("view.part === 'questions'")
+    assert browser.js("[...form.elements.sort.options].map(x => x.hidden)") == [False, True, False, False]
+    browser.choose("text", "clip a")  # the questions beside this clip
     assert [text[:10] for text in browser.ids()] == ["What is q1", "What is q2"]
     rows = browser.js("[...document.querySelector('.answers').rows].map(r => [...r.cells].map(c => c.textContent))")
     assert rows[0] == ["", "first + keep", "second"]
-    assert rows[3] == ["unrelated clip", "\u2717 blue", "\u2713 red"]
-    assert rows[2] == ["no sound", "\u2713 red.", "\u2713 red"] and len(rows) == 6
+    assert rows[2] == ["unrelated clip", "\u2717 blue", "\u2713 red"]
+    assert rows[3] == ["silence", "\u2713 red.", "\u2713 red"]
+    assert rows[5] == ["conflict", "not asked", "\u2713 red"] and len(rows) == 6
     assert "Right answer: Red" in browser.js("document.querySelector('article').textContent")
     browser.choose("text", "")
     browser.choose("sort", "difference")
@@ -454,7 +464,7 @@ def test_browser_shows_the_answers_of_two_runs(browser, page):
     browser.choose("sort", "loss")
     assert [text[8:10] for text in browser.ids()] == ["q3", "q2", "q1"]
     browser.choose("b", MARKUP)  # was not asked
-    assert browser.js("document.querySelectorAll('.answers .note').length") == 15
+    assert browser.js("document.querySelectorAll('.answers .note').length") == 16
     assert not browser.mistakes()
 
 
