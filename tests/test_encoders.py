@@ -362,7 +362,7 @@ def read(path):
 def test_one_listens_and_another_judges(world, folders, tmp_path):
     """Whisper's frames, CLAP's contrastive term and choice; nothing of CLAP reaches the fusion's input."""
     ears, clap, out = folders["whisper"], world / "models/clap", tmp_path / "run"
-    short = ["--encoder", ears, "--cache", tmp_path / "cache", "--steps", 2, "--eval-every", 1, "--limit", 16]
+    short = ["--encoder", ears, "--cache", tmp_path / "cache", "--steps", 2, "--eval-every", 1, "--limit-clips", 16]
     deaf = run(world, out, *short, check=False)
     assert deaf.returncode == 2 and deaf.stderr.count("\n") == 1 and not out.exists()
     assert "whisper" in deaf.stderr and "--contrastive needs one beside it: --clap" in deaf.stderr
@@ -374,14 +374,15 @@ def test_one_listens_and_another_judges(world, folders, tmp_path):
     assert card["encoder"]["path"] == str(ears) and "clap_cosine" not in read(out / "result.json")
     assert fusions.load(out, data.load_backbone(str(world / "models/llava"), "cpu").decoder).spec.encoder_width == 32
     evaluate.main(["robustness", str(out), "--snr", "0", "--noise", "white"])
-    evaluate.main(["retention", str(out), "--qa", str(world / "data/qa/test.json"), "--limit", "20"])
-    assert {"silence", "noise"} <= read(out / "retention.json")["conditions"].keys()
+    evaluate.main(["retention", str(out), "--qa", str(world / "data/qa/test.json"), "--limit-questions", "20"])
+    kept = read(out / "retention.json")
+    assert {"silence", "noise"} <= kept["conditions"].keys() and all(kept["exact"].values())
 
 
 def test_a_judge_that_took_no_part_scores(world, folders, tmp_path):
     """Without --clap a run has no reranker; with it, named only now, a mean cosine that the run card vouches for."""
     ears, clap, out = folders["audio-spectrogram-transformer"], str(world / "models/clap"), tmp_path / "run"
-    run(world, out, "--encoder", ears, "--cache", tmp_path / "cache", "--steps", 2, "--eval-every", 1, "--limit", 16,
+    run(world, out, "--encoder", ears, "--cache", tmp_path / "cache", "--steps", 2, "--eval-every", 1, "--limit-clips", 16,
         "--contrastive", 0)
     with pytest.raises(data.InputError, match="is no CLAP, and the reranker needs one"):
         evaluate.main(["caption", str(out), "--rerank"])

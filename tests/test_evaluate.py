@@ -549,7 +549,7 @@ def test_clips_that_name_another_answer():
     assert found[1] == {1}          # clip 3 names it in another caption, clip 5 with another word before it
     assert found[2] == {1, 2, 3}    # and any of them, as the generator has it
     assert found[3] == {None}       # no other answer to this question in the probe: not one of another question
-    # yes and no contradict nothing; what does contradict them need not be one of them
+    # yes and no contradict nothing; what contradicts them is another answer to the same question
     assert found[4] == found[5] == {5} and found[6] == {None}
     assert contradicting(asked, clips[:1]) == {} and contradicting([], clips) == {} == contradicting(asked, [])
     assert contradicting(asked[:1], clips) == {}  # the probe has one answer to it
@@ -843,7 +843,7 @@ def test_the_first_sense_beside_unrelated_clips_of_the_second(world, senses, tmp
 
 
 def test_questions_beside_a_video_of_another_answer(world, senses, tmp_path, monkeypatch):
-    """Asked of those questions alone that such a video exists for; what else is asked stays as it is."""
+    """The condition is about those questions alone for which there is such a video."""
     sees = untouched(senses / "sees", tmp_path / "sees")
     questions, _ = data.read_qa(world / "data/qa/test.json", None, 12)
     probe = ["--qa", str(world / "data/qa/test.json"), "--limit-questions", "12"]
@@ -878,7 +878,7 @@ def test_questions_beside_a_video_of_another_answer(world, senses, tmp_path, mon
         assert items[i]["conflict"]["nll"] == pytest.approx(given[i]["nll"], rel=1e-4)
         assert questions[i].answer not in " ".join(inputs.split.clips[k].references).split()
     assert any(i["conflict"] != i["backbone"] for i in items if "conflict" in i)
-    # the same again, but for a probe in which no question has two answers
+    # again, the same; and no such condition where no question has two answers
     before = {name: (sees / f"{name}.json").read_bytes() for name in ("retention", "retention_items")}
     evaluate.main(["retention", str(sees), *probe])
     assert before == {name: (sees / f"{name}.json").read_bytes() for name in before}

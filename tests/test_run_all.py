@@ -159,9 +159,9 @@ def test_video_beside_sound(smoke):
     assert done.returncode == 0, done.stderr
     for name in ("gate_l2_100", "keep_1", "keep_30", "cross_attention_keep", "concat_keep", "unfreeze_keep"):
         assert (smoke / f"retention/{name}_s0/retention.json").exists()
-    for run, sense in (audio, "audio"), (video, "video"):
+    for run, sense, weight in (audio, "audio", 10), (video, "video", 30):
         config = json.loads((run / "config.json").read_text())
-        assert config["keep_qa"].endswith(f"keep_qa/{sense}.jsonl") and config["keep"] == 10 and config["null_slot"]
+        assert config["keep_qa"].endswith(f"keep_qa/{sense}.jsonl") and config["keep"] == weight and config["null_slot"]
 
 
 def test_started_again_nothing_is_redone(smoke, preloaded):
@@ -315,7 +315,7 @@ def test_the_loop_of_the_video_branch(stubbed, decision, tries, status):
     assert [n for n in names if "try" in n] == [*(f"video/video_try{k}_s0" for k in range(1, tries + 1)), *others]
     assert [c for c in calls(stubbed.folder) if c.startswith("decide")] == [f"decide {k}" for k in range(1, tries + 1)]
     commands = [(stubbed.folder / f"exp/{n}/cmd.txt").read_text() for n in names if "try" in n]
-    weights = ["10", "30", "100"][:tries]
+    weights = ["30", "100", "300"][:tries]
     assert [c.rsplit("--keep ")[-1].split()[0] for c in commands] == weights + weights[-1:] * len(others)
     assert [c.rsplit("--seed ")[-1].split()[0] for c in commands] == ["0"] * tries + ["1"] * len(others)
     # trained alone: nothing of the audio run but its prompt among the questions
