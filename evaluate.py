@@ -985,9 +985,9 @@ def find_reranker(run, decoding, args):
     """
     path = run.folder / "rerank/reranker.json"
     options = {key: decoding[key] for key in ("beams", "samples", "temperature", "seed")}
-    wanted = {**options, "clap": data.clap_path(run.config)}
+    wanted = {**options, "clap": data.clap_path(run.config), "limit_clips": args.limit_clips}
     if path.exists():
-        saved = read_json(path)
+        saved = {"limit_clips": 0, **read_json(path)}
         # weights are for candidates that were found in the same way
         if wanted.items() <= saved.items():
             return saved
@@ -1530,7 +1530,7 @@ def decide(args):
         captions = []
         for items in paired(first, beside / "unrelated", "predictions.json", hint):
             captions.append([item["scores"][metric] for item in items])
-        exact = read_json(beside / "retention.json", hint)["exact"]
+        exact = read_exact(beside, hint)
         clean = exact["no_clip"] and exact["nothing_attached"]
         points, within = {}, clean
         for name, (before, after) in {"audio": captions, "vl": answers}.items():
@@ -1561,6 +1561,15 @@ def paired(first, second, name, hint):
     return one, two
 
 
+def read_exact(folder, hint):
+    """{condition in which nothing may differ from the backbone: did nothing differ?} of a run's retention."""
+    path = folder / "retention.json"
+    report = read_json(path, hint)
+    if "exact" not in report:
+        raise InputError(f"{path}: is of an older version; run `evaluate.py retention` on {folder} again")
+    return report["exact"]
+
+
 def right(item):
     """Is a question of the probe answered beside an unrelated clip?"""
     return correct(item["unrelated_clip"]["answer"], item["truth"])
@@ -1571,7 +1580,7 @@ def check(args):
     checks, hint = {}, "; train and run `evaluate.py retention` first"
     for folder in map(Path, args.runs):
         # exact, not nearly: with closed gates not one operation of the backbone differs
-        for name, identical in read_json(folder / "retention.json", hint)["exact"].items():
+        for name, identical in read_exact(folder, hint).items():
             checks[f"{folder}, {name}: answers and likelihoods are the backbone's"] = identical
         if not args.exact_only:
             log = [x for x in read_json(folder / "log.jsonl", hint) if x["stage"] == "xe"]
@@ -1771,6 +1780,7 @@ def parse_args(argv=None):
             data.add_device_flags(p)
             p.add_argument("--batch-size", type=int, default=64, help="clips or questions at once")
             p.add_argument("--seed", type=int, default=0, help="of samples, noise, choice of clips")
+        if model is not None and name != "describe":
             p.add_argument("--limit-clips", type=int, default=0, help="the first clips of a split only, 0 = all")
         if model:
             p.add_argument("--with", nargs="+", dest="others", metavar="RUN", default=[],
@@ -1826,7 +1836,8 @@ def parse_args(argv=None):
     add("--from", dest="source", metavar="FOLDER", help="take them from a folder with sbert/, bert/ and "
         "echecker.ckpt; default: from the Hugging Face hub and FENSE's release")
     args = parser.parse_args(argv)
-    for flag, least in (("beams", 1), ("batch_size", 1), ("limit_questions", 1), ("samples", 0), ("seed", 0)):
+    for flag, least in (("beams", 1), ("batch_size", 1), ("limit_questions", 1), ("limit_clips", 0), ("samples", 0),
+                        ("seed", 0)):
         if getattr(args, flag, least) < least:
             parser.error(f"--{flag.replace('_', '-')} must be at least {least}")
     if bool(getattr(args, "data", None)) != bool(getattr(args, "dataset", None)):

@@ -291,6 +291,7 @@ holders() {   # ": process 12 34", where Linux tells who has the lock's file ope
 
 # ------------------------------------------------------------------ the pool: JOBS side by side
 declare -A NAME_OF=() SLOT_OF=() SINCE=()   # of a running job, by its process id
+declare -A PRINTED=()                       # jobs that are printed already: two phases may need one
 FREE=($GPUS) FAILED=() ABLATIONS=()   # FREE: what a job gets as CUDA_VISIBLE_DEVICES; cpu and "": no GPU
 LAST_LINE=0 DONE=0 VERDICT=""
 while [ "${GPUS:-cpu}" = cpu ] && [ ${#FREE[@]} -lt "$JOBS" ]; do FREE+=("$GPUS"); done
@@ -299,6 +300,10 @@ FREE=("${FREE[@]:0:JOBS}"); JOBS=${#FREE[@]}
 # job NAME MARKER command...: start the command when a slot is free, unless MARKER is there, which a finished job leaves
 job() {
     local name=$1 marker=$2 slot; shift 2
+    if [ "$DRY" = 1 ]; then
+        [ -z "${PRINTED[$name]:-}" ] || return 0
+        PRINTED[$name]=1
+    fi
     # a run that was interrupted has a config.json, and would go on with other flags no more than a finished one
     if [[ $DRY = 1 && ( -e $marker || -e $EXP/$name/config.json ) ]]; then compare_flags "$name" "$@"; fi
     if [ -e "$marker" ]; then [ "$DRY" = 0 ] || log "$name: done"; return; fi
@@ -377,6 +382,7 @@ compare_flags() {
 }
 flags_in() {   # flags_in COMMAND: "flag value" a line, of the script and not of what starts it
     local text=${1##*.py }
+    text=${text##*"python -c "}   # LAUNCH may have flags
     [[ " $text" == *" --"* ]] || return 0
     text=" $text"; text=${text#*" --"}
     echo "${text//" --"/$'\n'}"
@@ -785,7 +791,7 @@ main() {   # a function is read whole: whoever edits this file while a study run
     [ "$DRY" = 0 ] || exit 0
     [ "$PHASES" = 0 ] || "$PYTHON" plots.py "$EXP" || exit 1   # phase 0 is in no table
     # what somebody wants to know before GPU hours are spent
-    [ "$SMOKE$SCALE" != 1full ] || sed -n '/^## .*[Ee]fficiency/,/^## /{/^## /d;p}' "$EXP/REPORT.md"
+    [ "$SMOKE$SCALE" != 1full ] || [ ! -e "$EXP/REPORT.md" ] || sed -n '/^## .*[Ee]fficiency/,/^## /{/^## /d;p}' "$EXP/REPORT.md"
     log "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: $EXP$([ "$PHASES" = 0 ] || echo /REPORT.md)"
     [ -z "$VERDICT" ] || { log "$VERDICT"; exit 1; }
 }

@@ -106,7 +106,7 @@ def parse_args(argv=None):
 
     args.layers = sorted(set(args.layers))
     least_1 = "tokens hidden batch_size micro_batch patience scst_steps keep_every"
-    for flag, least in [*((flag, 1) for flag in least_1.split()), ("steps", 0), ("seed", 0)]:
+    for flag, least in [*((flag, 1) for flag in least_1.split()), ("limit_clips", 0), ("steps", 0), ("seed", 0)]:
         if getattr(args, flag) < least:
             p.error(f"--{flag.replace('_', '-')} must be at least {least}")
     if args.seed >= 2 ** 31:
