@@ -450,7 +450,7 @@ phase_0() {   # do the parts work? a closed gate changes nothing; a small set ca
 }
 
 phase_1() {   # AudioCaps: the system that keeps, and five plain ones; additive goes on to SCST and is reranked; then Clotho
-    local system additive others heard=core/additive clotho="clotho/additive clotho/cross_attention"
+    local system with_scst others heard=core/additive clotho="clotho/additive clotho/cross_attention"
     local stable=$EXP/core/additive_s$FIRST_SEED/stable.json
     if [ -n "$KEEP_QA" ]; then heard+=" core/additive_keep"; clotho+=" clotho/additive_keep clotho/additive_keep_init"; fi
     [ -z "$KEEP_QA" ] || train_keeping
@@ -464,22 +464,21 @@ phase_1() {   # AudioCaps: the system that keeps, and five plain ones; additive 
         layer_sweep
     fi
     drain   # Clotho waits for AudioCaps: what fails there would fail again
-    additive=$(with_scst core/additive)
+    with_scst=$(with_scst $heard)
     others=$(all_seeds $(printf 'core/%s ' $BASELINES))
     [ -z "$CLOTHO" ] || train_clotho
-    [ -z "$KEEP_QA" ] || measure_keeping
-    start_evaluation caption rerank/result.json core_reranked $additive -- $CAPTION_TEST --rerank
+    start_evaluation caption rerank/result.json core_reranked $with_scst -- $CAPTION_TEST --rerank
     start_evaluation caption result.json core $others -- $CAPTION_TEST
-    [ -z "$QA" ] || start_evaluation retention retention.json core $additive $others -- "${VQA[@]}"
+    [ -z "$QA" ] || start_evaluation retention retention.json core $with_scst $others -- "${VQA[@]}"
     # what was learned on AudioCaps alone, on the other data set
     [ -z "$CLOTHO" ] || start_evaluation caption on_clotho/result.json core_on_clotho $(all_seeds $heard) -- \
         $CAPTION_TEST --dataset clotho --data "$CLOTHO"
     drain
     [ -z "$CLOTHO" ] || start_evaluation caption result.json clotho $(all_seeds $clotho) -- $CAPTION_TEST
 }
-with_scst() {   # with_scst NAME: all its seeds, and what SCST made of each, unless it collapsed at once
+with_scst() {   # with_scst NAME...: all seeds, and what SCST made of each, unless it collapsed at once
     local run
-    for run in $(all_seeds "$1"); do
+    for run in $(all_seeds "$@"); do
         echo "$run"
         [ "$DRY" = 0 ] && [ ! -e "$EXP/$run/scst/fusion.json" ] || echo "$run/scst"
     done
@@ -502,7 +501,7 @@ train_keeping() {
     drain
     train_seeds core/additive_keep additive audiocaps "$AUDIOCAPS" $TRAIN $SCST "${KEEP[@]}" $WEIGHT
 }
-measure_keeping() {
+measure_keeping() {   # done already where phase 1 was run
     start_evaluation caption rerank/result.json core_keeping $(with_scst core/additive_keep) -- $CAPTION_TEST --rerank
     start_evaluation retention retention.json core_keeping $(with_scst core/additive_keep) -- "${VQA[@]}"
 }
