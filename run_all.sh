@@ -172,6 +172,8 @@ if [ "$SMOKE" = 1 ]; then
 fi
 ENCODER=${ENCODER:-$CLAP}
 [ -n "$QA" ] || KEEP_QA=         # what keep is worth, only the probe can tell
+PRIMARY=additive                 # the study's own system: with a null slot and keep
+[ -z "$KEEP_QA" ] || PRIMARY=additive_keep
 SIZE="--layers $LAYERS --tokens $TOKENS --hidden $HIDDEN"
 CAPTION_TEST="--split test --beams 5"
 VQA=(--qa "$QA" --limit-questions "$PROBE")
@@ -449,10 +451,8 @@ phase_0() {   # do the parts work? a closed gate changes nothing; a small set ca
     job sanity/check "" "$PYTHON" evaluate.py check "$EXP/sanity/overfit" $([ "$SMOKE" = 1 ] && echo --exact-only)
 }
 
-phase_1() {   # AudioCaps: the system that keeps, and five plain ones; additive goes on to SCST and is reranked; then Clotho
-    local system with_scst others heard=core/additive clotho="clotho/additive clotho/cross_attention"
-    local stable=$EXP/core/additive_s$FIRST_SEED/stable.json
-    if [ -n "$KEEP_QA" ]; then heard+=" core/additive_keep"; clotho+=" clotho/additive_keep clotho/additive_keep_init"; fi
+phase_1() {   # AudioCaps: the system that keeps, and five plain ones; the first is reranked and goes to Clotho
+    local system others stable=$EXP/core/additive_s$FIRST_SEED/stable.json
     [ -z "$KEEP_QA" ] || train_keeping
     train_seeds core/additive additive audiocaps "$AUDIOCAPS" $TRAIN $SCST
     for system in $BASELINES; do
@@ -464,17 +464,18 @@ phase_1() {   # AudioCaps: the system that keeps, and five plain ones; additive 
         layer_sweep
     fi
     drain   # Clotho waits for AudioCaps: what fails there would fail again
-    with_scst=$(with_scst $heard)
-    others=$(all_seeds $(printf 'core/%s ' $BASELINES))
     [ -z "$CLOTHO" ] || train_clotho
-    start_evaluation caption rerank/result.json core_reranked $with_scst -- $CAPTION_TEST --rerank
+    others=$(all_seeds $(printf 'core/%s ' $BASELINES))
+    [ "$PRIMARY" = additive ] || others="$(with_scst core/additive) $others"
+    measure_primary
     start_evaluation caption result.json core $others -- $CAPTION_TEST
-    [ -z "$QA" ] || start_evaluation retention retention.json core $with_scst $others -- "${VQA[@]}"
+    [ -z "$QA" ] || start_evaluation retention retention.json core $others -- "${VQA[@]}"
     # what was learned on AudioCaps alone, on the other data set
-    [ -z "$CLOTHO" ] || start_evaluation caption on_clotho/result.json core_on_clotho $(all_seeds $heard) -- \
+    [ -z "$CLOTHO" ] || start_evaluation caption on_clotho/result.json core_on_clotho $(all_seeds "core/$PRIMARY") -- \
         $CAPTION_TEST --dataset clotho --data "$CLOTHO"
     drain
-    [ -z "$CLOTHO" ] || start_evaluation caption result.json clotho $(all_seeds $clotho) -- $CAPTION_TEST
+    [ -z "$CLOTHO" ] || start_evaluation caption result.json clotho \
+        $(all_seeds "clotho/$PRIMARY" "clotho/${PRIMARY}_init" clotho/cross_attention) -- $CAPTION_TEST
 }
 with_scst() {   # with_scst NAME...: all seeds, and what SCST made of each, unless it collapsed at once
     local run
@@ -483,27 +484,26 @@ with_scst() {   # with_scst NAME...: all seeds, and what SCST made of each, unle
         [ "$DRY" = 0 ] && [ ! -e "$EXP/$run/scst/fusion.json" ] || echo "$run/scst"
     done
 }
-train_clotho() {   # by two systems, and by the one that keeps: from scratch, and on from AudioCaps
-    local seed
-    train_seeds clotho/additive additive clotho "$CLOTHO" $TRAIN_CLOTHO
+train_clotho() {   # by the study's own system, from scratch and on from AudioCaps, and by cross-attention
+    local seed keep=()
+    [ -z "$KEEP_QA" ] || keep=("${KEEP[@]}" $WEIGHT)
+    train_seeds "clotho/$PRIMARY" additive clotho "$CLOTHO" $TRAIN_CLOTHO "${keep[@]}"
     train_seeds clotho/cross_attention cross_attention clotho "$CLOTHO" $TRAIN_CLOTHO
-    [ -n "$KEEP_QA" ] || return 0
-    train_seeds clotho/additive_keep additive clotho "$CLOTHO" $TRAIN_CLOTHO "${KEEP[@]}" $WEIGHT
     for seed in $SEEDS; do
-        SEEDS=$seed train_seeds clotho/additive_keep_init additive clotho "$CLOTHO" $TRAIN_CLOTHO "${KEEP[@]}" $WEIGHT \
-            --init "$EXP/core/additive_keep_s$seed"
+        SEEDS=$seed train_seeds "clotho/${PRIMARY}_init" additive clotho "$CLOTHO" $TRAIN_CLOTHO "${keep[@]}" \
+            --init "$EXP/core/${PRIMARY}_s$seed"
     done
 }
-# The study's own system: additive with a null slot and keep. Phase 3 needs it too, and finds it done after phase 1.
+# Phase 3 needs the system that keeps too, and finds it done after phase 1.
 train_keeping() {
     job keep_qa "$EXP/keep_qa/video.jsonl" "$PYTHON" -c "$KEEP_QUESTIONS" --from "$KEEP_QA" --prompts $PROMPTS \
         --out "$EXP/keep_qa"
     drain
     train_seeds core/additive_keep additive audiocaps "$AUDIOCAPS" $TRAIN $SCST "${KEEP[@]}" $WEIGHT
 }
-measure_keeping() {   # done already where phase 1 was run
-    start_evaluation caption rerank/result.json core_keeping $(with_scst core/additive_keep) -- $CAPTION_TEST --rerank
-    start_evaluation retention retention.json core_keeping $(with_scst core/additive_keep) -- "${VQA[@]}"
+measure_primary() {
+    start_evaluation caption rerank/result.json core_primary $(with_scst "core/$PRIMARY") -- $CAPTION_TEST --rerank
+    [ -z "$QA" ] || start_evaluation retention retention.json core_primary $(with_scst "core/$PRIMARY") -- "${VQA[@]}"
 }
 # Two senses that have never met are attached together, so each learns beforehand to leave the other's question alone:
 # the questions to keep are images' questions and, in place of a share of them, the other sense's prompt without an image.
@@ -585,7 +585,7 @@ phase_3() {   # what is kept: by other systems, along two regularisations; then 
     if [ -n "$KEEP_QA" ]; then
         train_keeping
         drain
-        measure_keeping
+        measure_primary
         for system in $BASELINES; do
             [ $system = data_only ] && continue   # it hears nothing
             swept+=("retention/${system}_keep_s$seed")
@@ -676,12 +676,13 @@ phase_4() {   # statistics, the folder to attach to a paper, the SCST checkpoint
             start_comparison "additive_keep_vs_${system}_keep" "$EXP/core/additive_keep_s$FIRST_SEED" vs "$run"
     done
     ! there "${keeping[@]/%//result.json}" || start_comparison additive_keep_vs_additive "${keeping[@]}" vs "${additive[@]}"
-    for name in additive additive_keep; do
-        for seed in $SEEDS; do   # within a seed: these pairs share their XE checkpoint
+    for seed in $SEEDS; do   # within a seed: these pairs share their XE checkpoint
+        for name in additive ${KEEP_QA:+additive_keep}; do
             run=$EXP/core/${name}_s$seed
             ! there "$run/scst/result.json" || start_comparison "${name}_scst_vs_xe_s$seed" "$run/scst" "$run"
-            ! there "$run/rerank/result.json" || start_comparison "${name}_reranked_vs_before_s$seed" "$run/rerank" "$run"
         done
+        run=$EXP/core/${PRIMARY}_s$seed
+        start_comparison "${PRIMARY}_reranked_vs_before_s$seed" "$run/rerank" "$run"
     done
     # two senses together against each alone: the last try of video
     for run in "$EXP"/video/video_try{3,2,1}; do
