@@ -1225,6 +1225,10 @@ def exact_conditions(runs, clips):
     return conditions
 
 
+# a caption says neither yes nor no to a question, and counts other things
+NO_CONTRADICTION = set("yes no none zero one two three four five six seven eight nine ten".split())
+
+
 def contradicting_clips(questions, clips, answers, generator):
     """{number of a question: number of a clip whose captions name another answer to it}.
 
@@ -1234,8 +1238,7 @@ def contradicting_clips(questions, clips, answers, generator):
     said = [f" {normalise(' '.join(clip.references))} " for clip in clips]
     picks = {}
     for i, q in enumerate(questions):
-        # no caption says yes or no to a question
-        others = [f" {a} " for a in answers[q.question] - {normalise(q.answer), "yes", "no"}]
+        others = [f" {a} " for a in answers[q.question] - NO_CONTRADICTION - {normalise(q.answer)} if not a.isdigit()]
         found = []
         for k, text in enumerate(said):
             if f" {normalise(q.answer)} " not in text and any(other in text for other in others):
@@ -1246,7 +1249,7 @@ def contradicting_clips(questions, clips, answers, generator):
 
 
 def distracting_conditions(runs, questions, args):
-    """({condition: (branches, questions that it is about or None for all)}, id of each question's unrelated clip)."""
+    """({condition: (branches, the questions that it is about or None for all)}, each question's unrelated clip's id)."""
     n, unrelated, conflict, silence, noise = len(questions), [], [], [], []
     answers, about, names = {}, set(), None
     for q in questions:
@@ -1313,7 +1316,7 @@ def retention(run, others, args):
     write_results(out, retention_items=items, retention=report)
     accuracy = {name: numbers["accuracy"] for name, numbers in conditions.items()}
     wrong = [name for name, identical in exact.items() if not identical]
-    print(f"{out}: n {len(items)}  {in_a_line(accuracy)}", *[f"  NOT the backbone: {' '.join(wrong)}"] * bool(wrong))
+    print(f"{out}: n {len(items)}  {in_a_line(accuracy)}", f"NOT the backbone: {' '.join(wrong)}" if wrong else "")
 
 
 # ---------------------------------------------------------------- robustness

@@ -543,7 +543,9 @@ def test_clips_that_name_another_answer():
              clip("a blue circle passes", "a red circle passes"), clip("colored tired blues"), clip("Light blue: a line")]
     colour, where = "What color is it?", "Where is it?"
     asked = [question(colour, "red"), question(colour, "Blue."), question(colour, "light blue"), question(where, "circle"),
-             question("Does it move?", "yes"), question("Does it move?", "no"), question("Does it move?", "a line")]
+             question("Does it move?", "yes"), question("Does it move?", "no"), question("Does it move?", "a line"),
+             question("How many?", "two"), question("How many?", "one"), question("How many?", "3")]
+    clips.append(clip("one dog and two cats", "3 birds"))
     found = {i: {contradicting(asked, clips, seed).get(i) for seed in range(40)} for i in range(len(asked))}
     assert found[0] == {2, 5}       # another colour of this question, whole words, and not beside the right one
     assert found[1] == {1}          # clip 3 names it in another caption, clip 5 with another word before it
@@ -551,6 +553,7 @@ def test_clips_that_name_another_answer():
     assert found[3] == {None}       # no other answer to this question in the probe: not one of another question
     # yes and no contradict nothing; what contradicts them is another answer to the same question
     assert found[4] == found[5] == {5} and found[6] == {None}
+    assert found[7] == found[8] == found[9] == {None}  # a caption counts other things
     assert contradicting(asked, clips[:1]) == {} and contradicting([], clips) == {} == contradicting(asked, [])
     assert contradicting(asked[:1], clips) == {}  # the probe has one answer to it
 
