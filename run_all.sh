@@ -620,7 +620,7 @@ train_av() {   # train_av PHASE/NAME flags...
 add_video() {   # a video branch, trained alone, beside audio; while it costs more than TOLERANCE it is trained again, kept more
     local try=0 weight tries=()
     # on validation WEIGHT itself was too little
-    for weight in $((3 * WEIGHT)) $((10 * WEIGHT)) $((30 * WEIGHT)); do
+    for weight in $((3 * WEIGHT)) $((6 * WEIGHT)) $((12 * WEIGHT)); do
         try=$((try + 1)); tries+=("$EXP/video/video_try${try}_s$FIRST_SEED")
         try_video "$FIRST_SEED"
         decide "$EXP/core/additive_keep_s$FIRST_SEED" "${tries[@]}" && break

@@ -634,12 +634,12 @@ def test_the_decision(tmp_path, capsys, metric):
 
 
 @pytest.mark.parametrize("what, within, beyond", [
-    # a point of captions is lost, some gain and some lose: noise at 0.5, but not where it is three times as much
-    (dict(losses=(0.2, -0.18)), 0.5, 0.3),
+    # a point of captions is lost, some gain and some lose: noise
+    (dict(losses=(0.2, -0.18)), 0.5, None),
     # the same point of every caption is no noise; a loss that is not larger than the tolerance is within it
     (dict(losses=(0.01,)), 1.1, 0.5),
     # two of 200 questions may be chance, four are not
-    (dict(vl=0.89), 0.5, 0.3), (dict(vl=0.88), 2.1, 0.7),
+    (dict(vl=0.89), 0.3, None), (dict(vl=0.88), 2.1, 0.7),
     # what is won is no loss
     (dict(losses=(-0.1,), vl=0.95), 0.0, None)])
 def test_a_loss_must_stand_out_from_its_noise(tmp_path, what, within, beyond):
