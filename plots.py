@@ -1639,7 +1639,7 @@ def report_head(study):
     head = [f"# Report, scale: {'full' if full else name}"]
     if not full:
         head.append("A stand-in world: the repository makes the data and the models, at `SCALE=small` all but the language "
-                    "model. The numbers compare systems and say nothing about LLaVA-1.5-7B or AudioCaps.")
+                    "model and the ears. The numbers compare systems and say nothing about LLaVA-1.5-7B or AudioCaps.")
     results, seconds = 0, 0
     # what is missing is named, so that half a study is not taken for a whole one
     states = defaultdict(list)
