@@ -665,7 +665,7 @@ decide() {   # decide AUDIO VIDEO...: true if the last of these tries is within 
 }
 
 phase_4() {   # statistics, the folder to attach to a paper, the SCST checkpoints archived: under a minute
-    local seed system run name both additive keeping
+    local seed system run name both beside additive keeping
     mapfile -t additive < <(in_exp core/additive)
     mapfile -t keeping < <(in_exp core/additive_keep)
     for system in $BASELINES; do   # the report picks the headline by validation
@@ -691,6 +691,8 @@ phase_4() {   # statistics, the folder to attach to a paper, the SCST checkpoint
             there "${both[@]/%//result.json}" || continue
         start_comparison video_both_vs_audio "${both[@]}" vs "${both[@]/%//audio}"
         start_comparison video_both_vs_video "${both[@]}" vs "${both[@]/%//video}"
+        mapfile -t beside < <(for seed in $SEEDS; do echo "$EXP/core/additive_keep_s$seed/with_${run##*/}_s$seed/unrelated"; done)
+        start_comparison audio_alone_vs_beside_video "${keeping[@]}" vs "${beside[@]}"
         break
     done
     drain
