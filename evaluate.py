@@ -987,9 +987,9 @@ def find_reranker(run, decoding, args):
     options = {key: decoding[key] for key in ("beams", "samples", "temperature", "seed")}
     wanted = {**options, "clap": data.clap_path(run.config), "limit_clips": args.limit_clips}
     if path.exists():
-        saved = {"limit_clips": 0, **read_json(path)}
-        # weights are for candidates that were found in the same way
-        if wanted.items() <= saved.items():
+        saved = read_json(path)
+        # weights are for candidates that were found in the same way; older files know of no limit
+        if wanted.items() <= {"limit_clips": 0, **saved}.items():
             return saved
     # on the run's own data, also where it is to choose captions of others
     inputs = data.load_inputs([run.own_config], "val", args.device, args.limit_clips)

@@ -1203,9 +1203,9 @@ function lost(question, system, condition) {
 # Rows without one (null) come last.
 PAGE_SCRIPT += """
 function lostBeside(clip, system) {
-  const asked = data.questions.filter(question => question.clip === clip.id);
-  if (!asked.length) return null;
-  return asked.reduce((sum, question) => sum + lost(question, system, "unrelated_clip"), 0);
+  const beside = data.questions.filter(question => question.clip === clip.id);
+  const losses = beside.map(question => lost(question, system, "unrelated_clip")).filter(loss => loss !== null);
+  return losses.length ? losses.reduce((sum, loss) => sum + loss, 0) : null;
 }
 
 function value(row, system) {

@@ -436,7 +436,12 @@ def test_browser_sorts_and_filters(browser, page):
     assert browser.ids()[:2] == ["clip b", "clip a"]
     # answers are lost by questions, scores are of clips
     hidden = "[...document.querySelectorAll('form [hidden]')].map(x => x.value ?? x.querySelector('select').name)"
-    assert browser.js(hidden) == ["loss", "under"]
+    assert browser.js(hidden) == ["under"]
+    browser.choose("sort", "loss")  # of answers about images while a clip plays
+    assert browser.ids() == ["clip a", SCRIPT, "clip b", "clip"]  # one lost, one won; none was asked beside the others
+    number = "(a.textContent.match(/less those won: (-?[0-9]+)/) ?? [])[1] ?? null"
+    assert browser.js(f"[...document.querySelectorAll('article')].map(a => {number})") == ["1", "-1", None, None]
+    browser.choose("sort", "difference")
     browser.choose("text", "SECOND  of Clip B")
     assert browser.ids() == ["clip b"] and browser.js("document.getElementById('count').textContent") == "1 of 4 clips"
     browser.choose("text", "reference")
