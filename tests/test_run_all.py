@@ -293,7 +293,7 @@ def test_a_failed_job_is_named_and_only_it_runs_again(stubbed):
     assert process.returncode == 1
     assert out.strip().splitlines()[-1].endswith("jobs failed: core/concat_s1") and "the reason it failed" in out
     ended = [c for c in calls(stubbed.folder) if c.startswith("end")]
-    assert len(ended) == 12  # overfit and the eleven others
+    assert len(ended) == 13  # overfit, the questions to keep and the eleven others
     (stubbed.folder / "calls.txt").unlink()
     assert stubbed().wait(60) == 0
     again = [c for c in calls(stubbed.folder) if c.startswith("start") and "clotho/" not in c]  # Clotho had to wait
