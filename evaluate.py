@@ -973,9 +973,13 @@ def unrelated_frames(runs, n, args):
     frames = []
     for run in runs:
         (own,) = data.load_inputs([run.config], args.split, args.device, args.limit_clips).frames
-        pick = np.random.default_rng(args.seed).integers(len(own), size=n).tolist()
-        frames.append(own.take(pick))
+        frames.append(own.take(unrelated_clips(len(own), n, args.seed)))
     return frames
+
+
+def unrelated_clips(clips, n, seed):
+    """Numbers of n clips out of so many, drawn by the seed: a run is beside the same ones in every command."""
+    return np.random.default_rng(seed).integers(clips, size=n).tolist()
 
 
 def find_reranker(run, decoding, args):
@@ -1257,7 +1261,7 @@ def distracting_conditions(runs, questions, args):
     for run in runs:
         inputs = data.load_inputs([run.config], "test", args.device, args.limit_clips)
         clips, frames = inputs.split.clips, inputs.frames[0]
-        pick = np.random.default_rng(args.seed).integers(len(clips), size=n).tolist()
+        pick = unrelated_clips(len(clips), n, args.seed)
         names = names or [clips[k].id for k in pick]
         unrelated.append(frames.take(pick))
         other = contradicting_clips(questions, clips, answers, np.random.default_rng([args.seed, 2]))

@@ -685,10 +685,10 @@ phase_4() {   # statistics, the folder to attach to a paper, the SCST checkpoint
         start_comparison "${PRIMARY}_reranked_vs_before_s$seed" "$run/rerank" "$run"
     done
     # two senses together against each alone: the last try of video
-    for run in "$EXP"/video/video_try{3,2,1}; do
+    for run in $([ "$DRY" = 1 ] && echo try1 || echo try3 try2 try1); do
+        run=$EXP/video/video_$run
         mapfile -t both < <(for seed in $SEEDS; do echo "${run}_s$seed/with_additive_keep_s$seed"; done)
-        [ "$DRY$run" != "1$EXP/video/video_try3" ] && [ "$DRY$run" != "1$EXP/video/video_try2" ] &&
-            there "${both[@]/%//result.json}" || continue
+        there "${both[@]/%//result.json}" || continue
         start_comparison video_both_vs_audio "${both[@]}" vs "${both[@]/%//audio}"
         start_comparison video_both_vs_video "${both[@]}" vs "${both[@]/%//video}"
         mapfile -t beside < <(for seed in $SEEDS; do echo "$EXP/core/additive_keep_s$seed/with_${run##*/}_s$seed/unrelated"; done)
