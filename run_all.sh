@@ -11,8 +11,9 @@ case $BASH_VERSION in [123].* | 4.[0-3].*)   # no associative arrays, or empty a
 esac
 set +o posix; set -uo pipefail
 # CDPATH would send `cd` to another folder; with PYTHONSAFEPATH the scripts would not find each other; a job is no
-# process of the torchrun that somebody's environment still tells of
-unset CDPATH PYTHONSAFEPATH RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+# process of the torchrun that somebody's environment still tells of; and without compiled modules on disk each of sixty
+# processes would spend seconds on compiling transformers
+unset CDPATH PYTHONSAFEPATH PYTHONDONTWRITEBYTECODE RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 HERE=$(dirname -- "${BASH_SOURCE[0]:-$0}")
 # reached by a link from elsewhere; a folder of links to all files is a place to work in
 [ -e "$HERE/train.py" ] || HERE=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]:-$0}")")
@@ -114,7 +115,7 @@ while [[ $EXP == ?*/ ]]; do EXP=${EXP%/}; done
 [ ! -e "$EXP" ] || [ -d "$EXP" ] || die "EXP=$EXP: is not a folder"
 
 # ------------------------------------------------------------------ scale: paths and flags, nothing else
-SNR="20 10 5 0 -5"; EVAL=""; BASELINES="unfreeze concat cross_attention data_only"
+SNR="20 10 5 0 -5"; EVAL=""; SWEEP_EVAL=""; BASELINES="unfreeze concat cross_attention data_only"
 WEIGHT=10                        # of keep; chosen by validation, as the share of another sense's prompt among
 PROMPTS=0.3                      # the questions to keep: tests/README.md, "Keeping sight"
 declare -A RATES=()              # learning rates, by system
@@ -140,13 +141,15 @@ small)
     STANDIN="--llm smollm2 --ears whisper"   # 20 to 30 minutes
     ENCODER=${ENCODER:-$WORLD/models/whisper}   # the CLAP judges and reranks, and does not listen
     LAYERS="12 24"; PROBE=100
-    TRAIN="--batch-size 32 --steps 120 --eval-every 60"
+    SIZES="--dtype bfloat16"; EVAL=$SIZES       # as on a GPU; twice as fast where the CPU has instructions for it
+    SWEEP_EVAL="--limit-clips 100"
+    TRAIN="--batch-size 32 --steps 120 --eval-every 60 $SIZES"
     SCST="--scst auto --scst-lr 1e-4 --scst-temperature 0.3 --scst-steps 12"
-    SHORT="--batch-size 32 --steps 40 --eval-every 20"; TRAIN_CLOTHO=$SHORT
+    SHORT="--batch-size 32 --steps 40 --eval-every 40 $SIZES"; TRAIN_CLOTHO=$SHORT
     # from 1e-3, 3e-3 and 1e-2 by validation: tests/README.md, "A real language model"
     for system in additive $BASELINES; do RATES[$system]="--lr 3e-3 --lr-adapter 3e-3"; done
     RATES[cross_attention]="--lr 1e-2 --lr-adapter 1e-2"
-    VIDEO="$SHORT ${RATES[additive]}"; OVERFIT="--limit-clips 1000 --batch-size 32 --steps 36 --eval-every 12" ;;
+    VIDEO="$SHORT ${RATES[additive]}"; OVERFIT="--limit-clips 1000 --batch-size 32 --steps 36 --eval-every 12 $SIZES" ;;
 full)
     AUDIOCAPS=${AUDIOCAPS:-data/audiocaps}; CLOTHO=${CLOTHO-data/clotho}; AV=${AV-data/av}
     QA=${QA-data/qa/test.json}; KEEP_QA=${KEEP_QA-data/qa/train.json}
@@ -560,8 +563,8 @@ phase_2() {   # layers; tokens and width on the best layers; losses and the rera
     ablation cross_attention "$layers" "$tokens" "$hidden" 0.1
     ablation cross_attention "$layers" "$tokens" "$hidden" 0
     drain
-    start_evaluation caption rerank/result.json ablation_reranked "$best" -- $CAPTION_TEST --rerank
-    start_evaluation caption result.json ablation $(printf '%s\n' "${ABLATIONS[@]}" | grep -vx "$best") -- $CAPTION_TEST
+    start_evaluation caption rerank/result.json ablation_reranked "$best" -- $CAPTION_TEST $SWEEP_EVAL --rerank
+    start_evaluation caption result.json ablation $(printf '%s\n' "${ABLATIONS[@]}" | grep -vx "$best") -- $CAPTION_TEST $SWEEP_EVAL
 }
 best_of() {   # best_of RUN...: name, tokens, hidden and layers of the best on validation, never on test
     local run trained=()
@@ -581,14 +584,14 @@ print(best, config["tokens"], config["hidden"], *config["layers"])' "$EXP" "${tr
 }
 
 phase_3() {   # what is kept: by other systems, along two regularisations; then video, trained alone, beside audio
-    local value system swept=() alone=() seed=$FIRST_SEED
+    local value system kept=() swept=() alone=() seed=$FIRST_SEED
     if [ -n "$KEEP_QA" ]; then
         train_keeping
         drain
         measure_primary
         for system in $BASELINES; do
             [ $system = data_only ] && continue   # it hears nothing
-            swept+=("retention/${system}_keep_s$seed")
+            kept+=("retention/${system}_keep_s$seed")
             SEEDS=$seed train_seeds "retention/${system}_keep" $system audiocaps "$AUDIOCAPS" $TRAIN \
                 "${KEEP[@]:$([ $system = concat ] && echo 1 || echo 0)}" $WEIGHT   # concat has no attention for a null slot
         done
@@ -611,8 +614,9 @@ phase_3() {   # what is kept: by other systems, along two regularisations; then 
     fi
     drain
     [ -z "$AV" ] || [ -z "$KEEP_QA" ] || add_video
-    start_evaluation caption result.json retention_sweeps "${alone[@]}" "${swept[@]}" -- $CAPTION_TEST
-    [ -z "$QA" ] || start_evaluation retention retention.json retention_sweeps "${swept[@]}" -- "${VQA[@]}"
+    start_evaluation caption result.json retention "${alone[@]}" "${kept[@]}" -- $CAPTION_TEST
+    start_evaluation caption result.json retention_sweeps "${swept[@]}" -- $CAPTION_TEST $SWEEP_EVAL
+    [ -z "$QA" ] || start_evaluation retention retention.json retention "${kept[@]}" "${swept[@]}" -- "${VQA[@]}"
 }
 train_av() {   # train_av PHASE/NAME flags...
     start_training "$1" --fusion additive $SIZE --dataset av --data "$AV" $VIDEO --seed "${1##*_s}" "${@:2}"
