@@ -725,7 +725,7 @@ def rerank(folder, reranker, metric):
     captions = take(candidates, choose(candidates, weights))
     scored, statistics = score(make_items(clips, captions)), caption_statistics(captions)
     card, result = read_json(folder / "run_card.json"), read_json(folder / "result.json")
-    card["decoding"]["rerank"], card["clap"]["reranks"] = reranker, reranker.get("clap") or True
+    card["decoding"]["rerank"], card["clap"]["reranks"] = reranker, reranker["clap"]
     before = result[metric]
     result |= {**scored["corpus"], "mean_words": statistics["words"],
                "not_ended": statistics["not_ended"], **report}
@@ -1072,11 +1072,13 @@ def rerank_runs(args):
     """RUN/rerank again: other weights on the candidates that `caption --rerank` kept, in seconds."""
     for folder in map(Path, args.runs):
         metric = candidate_metric(read_json(home_of(folder) / "config.json"))
+        read_candidates(folder)  # before anything is decoded on validation
+        hint = "; run `evaluate.py caption RUN --rerank` first"
         if args.weights:
-            reranker = {"weights": dict(zip(CRITERIA, args.weights))}
+            judge = read_json(folder / "rerank/run_card.json", hint)["clap"]["reranks"]
+            reranker = {"weights": dict(zip(CRITERIA, args.weights)), "clap": judge}
         else:
-            read_candidates(folder)  # before anything is decoded on validation
-            card = read_json(folder / "run_card.json", "; run `evaluate.py caption RUN --rerank` first")
+            card = read_json(folder / "run_card.json", hint)
             run = open_run(folder, args.device, args.dtype)
             reranker = find_reranker(run, card["decoding"], args)
         rerank(folder, reranker, metric)

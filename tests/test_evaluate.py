@@ -946,6 +946,7 @@ def test_rerank_ends_where_caption_rerank_does(senses, tmp_path, monkeypatch):
     again = read(home / "rerank/result.json")
     assert (home / "rerank/predictions.json").read_bytes() == made["predictions.json"]
     assert again.pop("reranker")["weights"] == result.pop("reranker")["weights"] and again == result
+    assert read(home / "rerank/run_card.json")["clap"]["reranks"] == fitted["clap"]
     evaluate.main(["rerank", str(home), "--weights", "0", "1", "0"])
     assert read(home / "rerank/result.json")["reranker"]["weights"] == {"logprob": 0, "clap": 1, "consensus": 0}
     assert predictions(home) == first
