@@ -434,6 +434,7 @@ start_evaluation() {
         [ "$DRY" = 1 ] || [ ${#runs[@]} -eq 0 ] || rm -f "$folder/cmd.txt"
     done
     share=$(( (${#runs[@]} + JOBS - 1) / JOBS ))
+    [ "$SMOKE" = 0 ] || share=${#runs[@]}   # a process takes longer to start than so few captions
     while [ ${#runs[@]} -gt 0 ]; do
         i=$((i + 1)) some=("${runs[@]:0:$share}") runs=("${runs[@]:$share}")
         job "$group/${command}_$i" "" "$PYTHON" evaluate.py "$command" "${some[@]}" "$@" $EVAL

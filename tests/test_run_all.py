@@ -769,8 +769,8 @@ def test_words_for_no_gpu(stubbed, monkeypatch, env):
 def test_a_stale_torchrun_in_the_environment(stubbed):
     """No job takes itself for one of eight processes."""
     stub = stubbed.folder / "bin/python"
-    stub.write_text(stub.read_text().replace("case $1 in\n", 'echo "${RANK-}${WORLD_SIZE-}${PYTHONSAFEPATH-}" >>env.txt\ncase $1 in\n', 1))
-    assert stubbed(PHASES="0", RANK="3", WORLD_SIZE="8", PYTHONSAFEPATH="1").wait(60) == 0
+    stub.write_text(stub.read_text().replace("case $1 in\n", 'echo "${RANK-}${WORLD_SIZE-}${PYTHONSAFEPATH-}${PYTHONDONTWRITEBYTECODE-}" >>env.txt\ncase $1 in\n', 1))
+    assert stubbed(PHASES="0", RANK="3", WORLD_SIZE="8", PYTHONSAFEPATH="1", PYTHONDONTWRITEBYTECODE="1").wait(60) == 0
     assert set((stubbed.folder / "env.txt").read_text().split("\n")) == {""}
 
 
