@@ -117,7 +117,7 @@ while [[ $EXP == ?*/ ]]; do EXP=${EXP%/}; done
 # ------------------------------------------------------------------ scale: paths and flags, nothing else
 SNR="20 10 5 0 -5"; EVAL=""; SWEEP_EVAL=""; BASELINES="unfreeze concat cross_attention data_only"
 WEIGHT=10                        # of keep; chosen by validation, as the share of another sense's prompt among
-PROMPTS=0.3                      # the questions to keep: tests/README.md, "Keeping sight"
+PROMPTS=0.3                      # the questions to keep: tests/README.md, "What was chosen how"
 declare -A RATES=()              # learning rates, by system
 WORLD=$NAME; STANDIN=""          # made by tests/standin.py on first use
 if [ "$SCALE" != full ]; then
@@ -132,7 +132,7 @@ tiny)                            # its world takes about 4 minutes
     TRAIN="--batch-size 32 --steps 400 --eval-every 100"
     SCST="--scst auto --scst-lr 5e-4 --scst-temperature 0.3 --scst-steps 100"
     SHORT="--batch-size 32 --steps 160 --eval-every 80"; TRAIN_CLOTHO=$SHORT
-    # chosen from 3e-3 and 6e-3 by validation: tests/README.md, "Learning rates"
+    # chosen from 3e-3 and 6e-3 by validation: tests/README.md, "What was chosen how"
     for system in $BASELINES; do RATES[$system]="--lr 3e-3 --lr-adapter 3e-3"; done
     RATES[additive]="--lr 6e-3 --lr-adapter 6e-3"
     OVERFIT="--limit-clips 1000 --batch-size 32 --steps 72 --eval-every 24"
@@ -478,7 +478,6 @@ phase_1() {   # AudioCaps: the system that keeps, and five plain ones; the first
     # what was learned on AudioCaps alone, on the other data set
     [ -z "$CLOTHO" ] || start_evaluation caption on_clotho/result.json core_on_clotho $(all_seeds "core/$PRIMARY") -- \
         $CAPTION_TEST --dataset clotho --data "$CLOTHO"
-    drain
     [ -z "$CLOTHO" ] || start_evaluation caption result.json clotho \
         $(all_seeds "clotho/$PRIMARY" "clotho/${PRIMARY}_init" clotho/cross_attention) -- $CAPTION_TEST
 }
