@@ -1072,12 +1072,12 @@ def rerank_runs(args):
     """RUN/rerank again: other weights on the candidates that `caption --rerank` kept, in seconds."""
     for folder in map(Path, args.runs):
         metric = candidate_metric(read_json(home_of(folder) / "config.json"))
-        read_candidates(folder)  # before anything is decoded on validation
         hint = "; run `evaluate.py caption RUN --rerank` first"
         if args.weights:
             judge = read_json(folder / "rerank/run_card.json", hint)["clap"]["reranks"]
             reranker = {"weights": dict(zip(CRITERIA, args.weights)), "clap": judge}
         else:
+            read_candidates(folder)  # before anything is decoded on validation
             card = read_json(folder / "run_card.json", hint)
             run = open_run(folder, args.device, args.dtype)
             reranker = find_reranker(run, card["decoding"], args)

@@ -115,7 +115,7 @@ while [[ $EXP == ?*/ ]]; do EXP=${EXP%/}; done
 [ ! -e "$EXP" ] || [ -d "$EXP" ] || die "EXP=$EXP: is not a folder"
 
 # ------------------------------------------------------------------ scale: paths and flags, nothing else
-SNR="20 10 5 0 -5"; EVAL=""; SWEEP_EVAL=""; BASELINES="unfreeze concat cross_attention data_only"
+SNR="20 10 5 0 -5"; DTYPE=""; EVAL=""; SWEEP_EVAL=""; BASELINES="unfreeze concat cross_attention data_only"
 WEIGHT=10                        # of keep; chosen by validation, as the share of another sense's prompt among
 PROMPTS=0.3                      # the questions to keep: tests/README.md, "What was chosen how"
 declare -A RATES=()              # learning rates, by system
@@ -141,16 +141,16 @@ small)
     STANDIN="--llm smollm2 --ears whisper"   # 20 to 30 minutes
     ENCODER=${ENCODER:-$WORLD/models/whisper}   # the CLAP judges and reranks, and does not listen
     LAYERS="12 24"; PROBE=100
-    SIZES="--dtype bfloat16"; EVAL=$SIZES       # as on a GPU; twice as fast where the CPU has instructions for it
+    DTYPE="--dtype bfloat16"; EVAL=$DTYPE       # as on a GPU; twice as fast where the CPU has instructions for it
     SWEEP_EVAL="--limit-clips 100"
-    TRAIN="--batch-size 32 --steps 120 --eval-every 60 $SIZES"
+    TRAIN="--batch-size 32 --steps 120 --eval-every 60 $DTYPE"
     SCST="--scst auto --scst-lr 1e-4 --scst-temperature 0.3 --scst-steps 12"
-    SHORT="--batch-size 32 --steps 40 --eval-every 40 $SIZES"
-    TRAIN_CLOTHO="--batch-size 32 --steps 80 --eval-every 40 $SIZES"   # with keep, 40 steps are too few
+    SHORT="--batch-size 32 --steps 40 --eval-every 40 $DTYPE"
+    TRAIN_CLOTHO="--batch-size 32 --steps 80 --eval-every 40 $DTYPE"   # with keep, 40 steps are too few
     # from 1e-3, 3e-3 and 1e-2 by validation: tests/README.md, "A real language model"
     for system in additive $BASELINES; do RATES[$system]="--lr 3e-3 --lr-adapter 3e-3"; done
     RATES[cross_attention]="--lr 1e-2 --lr-adapter 1e-2"
-    VIDEO="$TRAIN ${RATES[additive]}"; OVERFIT="--limit-clips 1000 --batch-size 32 --steps 36 --eval-every 12 $SIZES" ;;
+    VIDEO="$TRAIN ${RATES[additive]}"; OVERFIT="--limit-clips 1000 --batch-size 32 --steps 36 --eval-every 12 $DTYPE" ;;
 full)
     AUDIOCAPS=${AUDIOCAPS:-data/audiocaps}; CLOTHO=${CLOTHO-data/clotho}; AV=${AV-data/av}
     QA=${QA-data/qa/test.json}; KEEP_QA=${KEEP_QA-data/qa/train.json}
@@ -164,9 +164,9 @@ full)
     OVERFIT="--limit-clips 1000 --batch-size 64 --steps 300 --eval-every 75 $SIZES" ;;
 esac
 if [ "$SMOKE" = 1 ]; then
-    TRAIN="--batch-size 16 --micro-batch 16 --steps 6 --eval-every 3"
+    TRAIN="--batch-size 16 --micro-batch 16 --steps 6 --eval-every 3 $DTYPE"
     SCST="--scst auto --scst-steps 2 --scst-temperature 0.5"
-    OVERFIT="--limit-clips 32 --batch-size 16 --micro-batch 16 --steps 30 --eval-every 15"
+    OVERFIT="--limit-clips 32 --batch-size 16 --micro-batch 16 --steps 30 --eval-every 15 $DTYPE"
     if [ "$SCALE" = full ]; then   # passes as large as they will be: what has no room for them should fail today
         FEW="--limit-clips 64"
         TRAIN="$FEW $SIZES --batch-size $(( 2 * ${SIZES##* } )) --steps 6 --eval-every 3"
