@@ -119,6 +119,8 @@ def parse_args(argv=None):
         p.error("--scst-temperature must be above 0")
     if args.contrastive and args.modality != "audio" and not args.clap:
         p.error("--contrastive compares with CLAP's text side: it needs --clap, or --modality audio")
+    if args.null_slot and not fusions.SYSTEMS[args.fusion].attends:
+        p.error(f"--null-slot: {args.fusion} has no attention that could read nothing")
     if bool(args.keep) != bool(args.keep_qa):
         p.error("--keep and --keep-qa need each other: a weight above 0 and a file of questions")
     args.micro_batch = min(args.micro_batch, args.batch_size)

@@ -174,8 +174,7 @@ def test_questions_of_the_probe_are_refused(world, tmp_path):
     for more, message in (
             (["--keep", "1"], "need each other"), (["--keep-qa", train_qa], "need each other"),
             (["--keep", "1", "--keep-qa", "nowhere.json"], "nowhere.json"),
-            (["--keep", "1", "--keep-qa", test_qa, "--probe", test_qa], "40 of its questions, such as test_000"),
-            (["--fusion", "concat", "--null-slot"], "--null-slot")):
+            (["--keep", "1", "--keep-qa", test_qa, "--probe", test_qa], "40 of its questions, such as test_000")):
         done = run(world, out, *more, check=False)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
         assert not out.exists()

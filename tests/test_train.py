@@ -648,7 +648,9 @@ def test_logits_in_slices(world, tmp_path, monkeypatch):
     (["--device", "cuda:7"], "'cuda:7' cannot be used here"), (["--scst-micro-batch", "3"], "--scst-micro-batch 3"),
     (["--out", __file__], "is a file"), (["--steps", "0", "--scst", "auto"], "--steps 0 needs --init RUN"),
     (["--seed", "-1"], "--seed must be at least 0"), (["--seed", str(2 ** 31)], f"--seed {2 ** 31} must be below"),
-    (["--steps", "-1"], "--steps must be at least 0")])
+    (["--steps", "-1"], "--steps must be at least 0"),
+    # before anything is read
+    (["--fusion", "concat", "--null-slot", "--data", "nowhere"], "--null-slot: concat has no attention")])
 def test_mistakes_are_one_line(world, tmp_path, more, message):
     done = run(world, tmp_path / "run", *more, check=False)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
