@@ -581,7 +581,7 @@ def read_qa(path, images=None, limit_questions=1000, seed=0, keep=False):
 
 
 def read_kept(path):
-    """[Question]: a seeded subset of the questions of train.py's --keep-qa; their own answers are not learned."""
+    """[Question]: a seeded subset of the questions of train.py's --keep-qa; no answer is learned."""
     return read_qa(path, limit_questions=KEPT_QUESTIONS, keep=True)[0]
 
 

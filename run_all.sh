@@ -116,8 +116,8 @@ while [[ $EXP == ?*/ ]]; do EXP=${EXP%/}; done
 
 # ------------------------------------------------------------------ scale: paths and flags, nothing else
 SNR="20 10 5 0 -5"; DTYPE=""; EVAL=""; SWEEP_EVAL=""; BASELINES="unfreeze concat cross_attention data_only"
-WEIGHT=10                        # of keep; chosen by validation, as the share of another sense's prompt among
-PROMPTS=0.3                      # the questions to keep: tests/README.md, "What was chosen how"
+WEIGHT=10                        # of keep; chosen by validation, as the share of the other sense's prompt among a
+declare -A PROMPTS=([audio]=0.3 [video]=0.1)   # sense's questions to keep: tests/README.md, "What was chosen how"
 declare -A RATES=()              # learning rates, by system
 WORLD=$NAME; STANDIN=""          # made by tests/standin.py on first use
 if [ "$SCALE" != full ]; then
@@ -500,8 +500,8 @@ train_clotho() {   # by the study's own system, from scratch and on from AudioCa
 }
 # Phase 3 needs the system that keeps too, and finds it done after phase 1.
 train_keeping() {
-    job keep_qa "$EXP/keep_qa/video.jsonl" "$PYTHON" -c "$KEEP_QUESTIONS" --from "$KEEP_QA" --prompts $PROMPTS \
-        --out "$EXP/keep_qa"
+    job keep_qa "$EXP/keep_qa/video.jsonl" "$PYTHON" -c "$KEEP_QUESTIONS" --from "$KEEP_QA" --captions "$AUDIOCAPS" \
+        --audio "${PROMPTS[audio]}" --video "${PROMPTS[video]}" --out "$EXP/keep_qa"
     drain
     train_seeds core/additive_keep additive audiocaps "$AUDIOCAPS" $TRAIN $SCST "${KEEP[@]}" $WEIGHT
 }
@@ -511,16 +511,19 @@ measure_primary() {
 }
 # Two senses that have never met are attached together, so each learns beforehand to leave the other's question alone:
 # the questions to keep are images' questions and, in place of a share of them, the other sense's prompt without an image.
+# To video, the second, that prompt comes with captions of sounds: what the first will say while both are attached.
 # Images are found through a link beside the file, since names may not lead out of its folder.
 KEEP_QUESTIONS='
 import json
 import os
+import random
 import sys
 from pathlib import Path
 import data
-source, share, out = Path(sys.argv[2]), float(sys.argv[4]), Path(sys.argv[6])
+source, captions, audio, video, out = Path(sys.argv[2]), sys.argv[4], float(sys.argv[6]), float(sys.argv[8]), Path(sys.argv[10])
 try:
-    kept = data.read_kept(source)[:round(data.KEPT_QUESTIONS * (1 - share))]
+    kept = data.read_kept(source)
+    clips = data.read_split("audiocaps", captions, "train").clips
 except data.InputError as error:
     sys.exit(f"error: {error}")
 folder = source.parent / "images"
@@ -537,10 +540,14 @@ link = out / "images.tmp"
 link.unlink(missing_ok=True)
 link.symlink_to(folder.resolve())
 os.replace(link, out / "images")
-for sense, prompt in ("audio", data.VIDEO_PROMPT), ("video", data.SOUND_PROMPT):
-    others = [{"question": prompt}] * round(len(rows) * share / (1 - share))
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows + others]
-    data.write_text(out / f"{sense}.jsonl", "".join(lines))'
+def write(sense, share, other):
+    about_images = rows[:round(data.KEPT_QUESTIONS * (1 - share))]
+    others = [other() for _ in range(round(len(about_images) * share / (1 - share)))]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in about_images + others]
+    data.write_text(out / f"{sense}.jsonl", "".join(lines))
+drawn = random.Random(0)
+write("audio", audio, lambda: {"question": data.VIDEO_PROMPT})
+write("video", video, lambda: {"question": data.SOUND_PROMPT, "answer": drawn.choice(clips).references[0]})'
 # ablation SYSTEM LAYERS TOKENS HIDDEN CONTRASTIVE: named by its settings, so that none is trained twice
 ablation() {
     ABLATION="ablation/$1_l${2// /-}_n$3_h$4_c$5_s$FIRST_SEED"

@@ -273,7 +273,7 @@ def scst_loss(model, batch, reward, args):
 
 
 def keep_loss(model, batch, args):
-    """(loss, {"keep"}) of one Batch of the backbone's own answers: how far the model is from them.
+    """(loss, {"keep"}) of one Batch of answers to keep: how far the model is from the backbone along them.
 
     loss = args.keep * KL(p_before || p_now), summed over the answers' tokens / such tokens of the
     whole step. p_before: of the backbone with nothing attached. p_now: beside unrelated clips.
@@ -501,11 +501,12 @@ def check_kept(args):
 
 
 def answers_to_keep(model, args):
-    """The backbone's own Answers to --keep-qa."""
+    """Answers to --keep-qa: the backbone's own, but what another sense says where a question without an image has one."""
     questions = data.read_kept(args.keep_qa)
-    texts = evaluate.own_answers(model.backbone, questions, args.cache)
+    own = [q for q in questions if q.image or not q.answer]
+    texts = dict(zip(own, evaluate.own_answers(model.backbone, own, args.cache)))
     prompts = [(q.question, q.image) for q in questions]
-    answers = [model.backbone.caption_ids(q.question, a) for q, a in zip(questions, texts)]
+    answers = [model.backbone.caption_ids(q.question, texts.get(q, q.answer)) for q in questions]
     return Answers(model, prompts, answers, keep=True)
 
 

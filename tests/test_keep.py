@@ -166,6 +166,15 @@ def test_the_questions_of_other_senses_are_kept_and_the_runs_own_is_not(world, t
     kept = train.answers_to_keep(train.build_model(inputs, clap, args), args)
     answers = evaluate.own_answers(opened.backbone, data.read_kept(prompts), args.cache)
     assert len(set(answers)) == 2 and [opened.backbone.text(a) for a in kept.answers] == answers
+    # what another sense says; about a picture the backbone speaks for itself
+    image = data.read_kept(world / "data/qa/train.json")[0].image
+    records = [{"question": data.VIDEO_PROMPT, "answer": "a red circle moves up"},
+               {"question": "What shape is shown?", "answer": "not what it says", "image": str(image)[1:]}]
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "images").symlink_to("/")
+    kept = train.answers_to_keep(train.build_model(inputs, clap, args), args)
+    said = {q.question: opened.backbone.text(a) for q, a in zip(data.read_kept(prompts), kept.answers)}
+    assert said[data.VIDEO_PROMPT] == "a red circle moves up" and said["What shape is shown?"] != "not what it says"
 
 
 def test_questions_of_the_probe_are_refused(world, tmp_path):

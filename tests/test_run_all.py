@@ -337,7 +337,7 @@ def test_the_loop_of_the_video_branch(stubbed, decision, tries, status):
 
 
 def test_questions_to_keep_for_two_senses(world, tmp_path):
-    """The file that phase 3 writes: images' questions, 30% the other sense's prompt, none of the sense's own."""
+    """The file that phase 3 writes: images' questions, a share of the other sense's prompt, none of the sense's own."""
     copy = copy_of_repository(tmp_path / "copy", world)
     environment = {**os.environ, "SMOKE": "1", "DRY": "1", "PHASES": "3", "EXP": "my exp",
                    "VENV": str(Path(sys.executable).parent.parent)}
@@ -347,11 +347,11 @@ def test_questions_to_keep_for_two_senses(world, tmp_path):
     for _ in range(2):  # again, over what is there
         subprocess.run(["bash", "-c", line], cwd=copy, check=True)
     own = {data.content(q) for q in data.read_kept(world / "data/qa/train.json")}
-    for sense, other, prompt in ("audio", "video", data.VIDEO_PROMPT), ("video", "audio", data.SOUND_PROMPT):
+    for sense, share, prompt in ("audio", 0.3, data.VIDEO_PROMPT), ("video", 0.1, data.SOUND_PROMPT):
         questions = data.read_kept(copy / f"my exp/keep_qa/{sense}.jsonl")
         texts = [q for q in questions if q.image is None]
         assert {q.question for q in texts} == {prompt}
-        assert len(texts) == round(0.3 * len(questions)) > 0
+        assert len(texts) == round(share * len(questions)) > 0
         assert {data.content(q) for q in questions if q.image} == own  # the same pictures, found from there
     assert not list((copy / "my exp").rglob("*.tmp*"))
 
