@@ -117,7 +117,7 @@ while [[ $EXP == ?*/ ]]; do EXP=${EXP%/}; done
 # ------------------------------------------------------------------ scale: paths and flags, nothing else
 SNR="20 10 5 0 -5"; DTYPE=""; EVAL=""; SWEEP_EVAL=""; BASELINES="unfreeze concat cross_attention data_only"
 WEIGHT=10                        # of keep; chosen by validation, as the share of the other sense's prompt among a
-declare -A PROMPTS=([audio]=0.3 [video]=0.1)   # sense's questions to keep: tests/README.md, "What was chosen how"
+declare -A PROMPTS=([audio]=0.3 [video]=0.1)   # sense's questions to keep: tests/README.md, "Senses that compose"
 declare -A RATES=()              # learning rates, by system
 WORLD=$NAME; STANDIN=""          # made by tests/standin.py on first use
 if [ "$SCALE" != full ]; then
@@ -147,7 +147,7 @@ small)
     SCST="--scst auto --scst-lr 1e-4 --scst-temperature 0.3 --scst-steps 12"
     SHORT="--batch-size 32 --steps 40 --eval-every 40 $DTYPE"
     TRAIN_CLOTHO="--batch-size 32 --steps 80 --eval-every 40 $DTYPE"   # with keep, 40 steps are too few
-    # from 1e-3, 3e-3 and 1e-2 by validation: tests/README.md, "A real language model"
+    # by validation: tests/README.md, "A real language model, real ears"
     for system in additive $BASELINES; do RATES[$system]="--lr 3e-3 --lr-adapter 3e-3"; done
     RATES[cross_attention]="--lr 1e-2 --lr-adapter 1e-2"
     VIDEO="$TRAIN ${RATES[additive]}"; OVERFIT="--limit-clips 1000 --batch-size 32 --steps 36 --eval-every 12 $DTYPE" ;;

@@ -661,7 +661,7 @@ def finished(stubbed):
 @pytest.mark.parametrize("other, job, difference", [
     ({"LLAVA": "hub/b"}, "core/additive_keep_s0", "--llava hub/a, now hub/b"),
     ({"CLAP": "hub/b"}, "core/additive_keep_s0", "--encoder hub/clap, now hub/b"),
-    ({"AUDIOCAPS": "other"}, "core/additive_keep_s0", "--data audiocaps, now other"),
+    ({"AUDIOCAPS": "other"}, "keep_qa", "--captions audiocaps, now other"),
     ({"CLOTHO": "other"}, "clotho/additive_keep_s0", "--data clotho, now other"),
     ({"QA": "other"}, "core/additive_keep_s0", "--probe qa, now other"),
     ({"QA": "other", "KEEP_QA": ""}, "core_primary/retention_1", "--qa qa, now other"),
