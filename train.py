@@ -85,8 +85,8 @@ def parse_args(argv=None):
     add("--gate-l2", type=float, default=1e-4, help="weight of the squared gates")
     add("--keep", type=float, default=0.0, metavar="W",
         help="weight of the divergence from the backbone's own answers to --keep-qa, 0 = off")
-    add("--keep-qa", metavar="FILE", help="questions for --keep, as evaluate.py retention reads them, "
-        "also without images")
+    add("--keep-qa", metavar="FILE", help="questions for --keep, as evaluate.py retention reads them; one without an "
+        "image may be another sense's prompt, and its answer what that sense says")
     add("--keep-every", type=int, default=1, metavar="K", help="steps from one such batch to the next")
     add("--probe", metavar="FILE", help="questions of evaluate.py retention: --keep-qa must not have them")
     # validation and SCST
