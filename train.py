@@ -291,7 +291,7 @@ def keep_loss(model, batch, args):
 # ---------------------------------------------------------------- answers behind the frozen trunk
 
 class Answers:
-    """Answers to prompts: captions to learn, or the backbone's own answers to keep.
+    """Answers to prompts: captions to learn, or answers along which the backbone is kept.
 
     Answer i follows prompt i = (text, image or None), as token ids with the end token. What the
     frozen trunk makes of both is computed once, here:

@@ -347,11 +347,14 @@ def test_questions_to_keep_for_two_senses(world, tmp_path):
     for _ in range(2):  # again, over what is there
         subprocess.run(["bash", "-c", line], cwd=copy, check=True)
     own = {data.content(q) for q in data.read_kept(world / "data/qa/train.json")}
+    said = {clip.references[0] for clip in data.read_split("audiocaps", world / "data/audiocaps", "train").clips}
     for sense, share, prompt in ("audio", 0.3, data.VIDEO_PROMPT), ("video", 0.1, data.SOUND_PROMPT):
         questions = data.read_kept(copy / f"my exp/keep_qa/{sense}.jsonl")
         texts = [q for q in questions if q.image is None]
         assert {q.question for q in texts} == {prompt}
         assert len(texts) == round(share * len(questions)) > 0
+        # video knows what audio says; audio is trained before there is anything to know
+        assert {q.answer for q in texts} <= (said if sense == "video" else {""})
         assert {data.content(q) for q in questions if q.image} == own  # the same pictures, found from there
     assert not list((copy / "my exp").rglob("*.tmp*"))
 
