@@ -337,7 +337,7 @@ def test_the_loop_of_the_video_branch(stubbed, decision, tries, status):
 
 
 def test_questions_to_keep_for_two_senses(world, tmp_path):
-    """The file that phase 3 writes: images' questions, a share of the other sense's prompt, none of the sense's own."""
+    """Images' questions, a share of the other sense's prompt with what that sense says, none of the sense's own."""
     copy = copy_of_repository(tmp_path / "copy", world)
     environment = {**os.environ, "SMOKE": "1", "DRY": "1", "PHASES": "3", "EXP": "my exp",
                    "VENV": str(Path(sys.executable).parent.parent)}
@@ -347,14 +347,13 @@ def test_questions_to_keep_for_two_senses(world, tmp_path):
     for _ in range(2):  # again, over what is there
         subprocess.run(["bash", "-c", line], cwd=copy, check=True)
     own = {data.content(q) for q in data.read_kept(world / "data/qa/train.json")}
-    said = {clip.references[0] for clip in data.read_split("audiocaps", world / "data/audiocaps", "train").clips}
-    for sense, share, prompt in ("audio", 0.3, data.VIDEO_PROMPT), ("video", 0.1, data.SOUND_PROMPT):
+    for sense, prompt, layout in ("audio", data.VIDEO_PROMPT, "av"), ("video", data.SOUND_PROMPT, "audiocaps"):
+        said = {clip.references[0] for clip in data.read_split(layout, world / "data" / layout, "train").clips}
         questions = data.read_kept(copy / f"my exp/keep_qa/{sense}.jsonl")
         texts = [q for q in questions if q.image is None]
         assert {q.question for q in texts} == {prompt}
-        assert len(texts) == round(share * len(questions)) > 0
-        # video knows what audio says; audio is trained before there is anything to know
-        assert {q.answer for q in texts} <= (said if sense == "video" else {""})
+        assert len(texts) == round(0.1 * len(questions)) > 0
+        assert {q.answer for q in texts} <= said
         assert {data.content(q) for q in questions if q.image} == own  # the same pictures, found from there
     assert not list((copy / "my exp").rglob("*.tmp*"))
 
@@ -664,7 +663,7 @@ def finished(stubbed):
 @pytest.mark.parametrize("other, job, difference", [
     ({"LLAVA": "hub/b"}, "core/additive_keep_s0", "--llava hub/a, now hub/b"),
     ({"CLAP": "hub/b"}, "core/additive_keep_s0", "--encoder hub/clap, now hub/b"),
-    ({"AUDIOCAPS": "other"}, "keep_qa", "--captions audiocaps, now other"),
+    ({"AUDIOCAPS": "other"}, "keep_qa", "--audio audiocaps, now other"),
     ({"CLOTHO": "other"}, "clotho/additive_keep_s0", "--data clotho, now other"),
     ({"QA": "other"}, "core/additive_keep_s0", "--probe qa, now other"),
     ({"QA": "other", "KEEP_QA": ""}, "core_primary/retention_1", "--qa qa, now other"),
