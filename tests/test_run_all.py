@@ -336,26 +336,31 @@ def test_the_loop_of_the_video_branch(stubbed, decision, tries, status):
                               *(f"retention/{v}_s0" for v in ("gate_l2_100", "keep_1", "keep_30", "concat_keep"))}
 
 
-def test_questions_to_keep_for_two_senses(world, tmp_path):
+def test_questions_to_keep(world, tmp_path):
     """Images' questions, a share of the other sense's prompt with what that sense says, none of the sense's own."""
     copy = copy_of_repository(tmp_path / "copy", world)
-    environment = {**os.environ, "SMOKE": "1", "DRY": "1", "PHASES": "3", "EXP": "my exp",
-                   "VENV": str(Path(sys.executable).parent.parent)}
-    done = subprocess.run(["bash", "run_all.sh"], cwd=copy, capture_output=True, text=True, env=environment)
-    line = next(x for x in done.stdout.splitlines() if x.endswith("# keep_qa"))
-    line = line.replace("python ", f"{sys.executable} ", 1)
-    for _ in range(2):  # again, over what is there
-        subprocess.run(["bash", "-c", line], cwd=copy, check=True)
+    environment = {**os.environ, "SMOKE": "1", "DRY": "1", "PHASES": "3", "VENV": str(Path(sys.executable).parent.parent)}
+
+    def kept(exp, **more):
+        done = subprocess.run(["bash", "run_all.sh"], cwd=copy, capture_output=True, text=True,
+                              env=environment | {"EXP": exp} | more)
+        line = next(x for x in done.stdout.splitlines() if x.endswith("# keep_qa"))
+        line = line.replace("python ", f"{sys.executable} ", 1)
+        for _ in range(2):  # again, over what is there
+            subprocess.run(["bash", "-c", line], cwd=copy, check=True)
+        return {p.stem: data.read_kept(p) for p in (copy / exp).glob("keep_qa/*.jsonl")}
     own = {data.content(q) for q in data.read_kept(world / "data/qa/train.json")}
+    two = kept("my exp")
     for sense, prompt, layout in ("audio", data.VIDEO_PROMPT, "av"), ("video", data.SOUND_PROMPT, "audiocaps"):
         said = {clip.references[0] for clip in data.read_split(layout, world / "data" / layout, "train").clips}
-        questions = data.read_kept(copy / f"my exp/keep_qa/{sense}.jsonl")
-        texts = [q for q in questions if q.image is None]
+        texts = [q for q in two[sense] if q.image is None]
         assert {q.question for q in texts} == {prompt}
-        assert len(texts) == round(0.1 * len(questions)) > 0
+        assert len(texts) == round(0.1 * len(two[sense])) > 0
         assert {q.answer for q in texts} <= said
-        assert {data.content(q) for q in questions if q.image} == own  # the same pictures, found from there
-    assert not list((copy / "my exp").rglob("*.tmp*"))
+        assert {data.content(q) for q in two[sense] if q.image} == own  # the same pictures, found from there
+    alone = kept("exp", AV="")
+    assert list(alone) == ["audio"] and {data.content(q) for q in alone["audio"]} == own
+    assert not [*copy.rglob("keep_qa/*.tmp*")]
 
 
 def full_scale(folder, **paths):
