@@ -442,6 +442,10 @@ def headlines(study):
     return found
 
 
+# of each metric in a comparison
+COMPARED = {"a", "b", "difference", "ci95", "bca95", "p", "p_holm", "p_randomisation", "effect_size"}
+
+
 def comparisons(study):
     """{name: what bootstrap.py compare --json wrote}, the headline first."""
     first = headlines(study)
@@ -450,6 +454,8 @@ def comparisons(study):
     for stem in dict.fromkeys([*first, *files]):
         content = load(files[stem]) if stem in files else {}
         if isinstance(content.get("runs"), dict):  # not what `bootstrap.py seeds --json` writes
+            if not all(COMPARED <= numbers.keys() for numbers in content["metrics"].values()):
+                raise InputError(f"{files[stem]}: lacks some of {', '.join(sorted(COMPARED))}: compare the runs again")
             name = stem.replace("_", " ")
             seeds = "/".join(str(len(content["runs"][side])) for side in "ab")
             mark = f"**{first[stem][0]}:** {name}" if stem in first else name

@@ -643,7 +643,9 @@ def test_the_frontier_has_its_line_its_pairs_and_its_sweeps(whole, monkeypatch):
 DAMAGE = {
     "result.json": '{"n": 3, "split"', "config.json": "", "retention.json": "[]", "predictions.json": "{}",
     "run_card.json": "\x00" * 40, "log.jsonl": '{"event": "step"}\nnot json\n', "robustness.json": "nul",
-    "rerank/result.json": "{", "../../statistics/a.json": "[1", "../../phase3/decision.json": '{"tries": [{]}',
+    "rerank/result.json": "{", "../../statistics/a.json": "[1",
+    "../../statistics/b.json": '{"runs": {"a": [0], "b": [1]}, "n": 3, "metrics": {"cider_d": {"a": 0.1, "b": 0.2}}}',
+    "../../phase3/decision.json": '{"tries": [{]}',
     "../../senses.json": "[]", "training.json": "{"}
 
 
