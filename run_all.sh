@@ -116,7 +116,7 @@ while [[ $EXP == ?*/ ]]; do EXP=${EXP%/}; done
 
 # ------------------------------------------------------------------ scale: paths and flags, nothing else
 SNR="20 10 5 0 -5"; DTYPE=""; EVAL=""; SWEEP_EVAL=""; BASELINES="unfreeze concat cross_attention data_only"
-WEIGHT=10                        # of keep; chosen by validation, as is
+WEIGHT=10; VIDEO_WEIGHTS="30 60 120"   # of keep, for audio and for video's tries; chosen by validation, as is
 OTHERS=0.1                       # the other sense's share of the questions to keep: tests/README.md, "Senses that compose"
 declare -A RATES=()              # learning rates, by system
 WORLD=$NAME; STANDIN=""          # made by tests/standin.py on first use
@@ -148,6 +148,7 @@ small)
     SHORT="--batch-size 32 --steps 40 --eval-every 40 $DTYPE"
     TRAIN_CLOTHO="--batch-size 32 --steps 80 --eval-every 40 $DTYPE"   # with keep, 40 steps are too few
     # by validation: tests/README.md, "A real language model, real ears"
+    WEIGHT=3
     for system in additive $BASELINES; do RATES[$system]="--lr 3e-3 --lr-adapter 3e-3"; done
     RATES[cross_attention]="--lr 1e-2 --lr-adapter 1e-2"
     VIDEO="$TRAIN ${RATES[additive]}"; OVERFIT="--limit-clips 1000 --batch-size 32 --steps 36 --eval-every 12 $DTYPE" ;;
@@ -636,8 +637,7 @@ train_av() {   # train_av PHASE/NAME flags...
 }
 add_video() {   # a video branch, trained alone, beside audio; while it costs more than TOLERANCE it is trained again, kept more
     local try=0 weight tries=()
-    # on validation WEIGHT itself was too little
-    for weight in $((3 * WEIGHT)) $((6 * WEIGHT)) $((12 * WEIGHT)); do
+    for weight in $VIDEO_WEIGHTS; do
         try=$((try + 1)); tries+=("$EXP/video/video_try${try}_s$FIRST_SEED")
         try_video "$FIRST_SEED"
         decide "$EXP/core/additive_keep_s$FIRST_SEED" "${tries[@]}" && break
