@@ -569,6 +569,26 @@ def run_table(head, groups, columns):
     return table([*head, "seeds", *titles, "runs"], rows, len(head))
 
 
+def table_overview(study):
+    """What each system hears and sees, without keep and with it: a row for each system, SCST and reranking included."""
+    rows = defaultdict(lambda: ([], []))  # {name: (plain runs, runs with keep)}
+    for run in dict.fromkeys([*filter(lambda run: run.result, study.core), *study.kept]):
+        name, keeps = run.label.replace(" + keep", ""), bool(run.config["keep"])
+        rows[name][keeps].append(run)
+        if run.reranked:
+            rows[f"{name}, reranked"][keeps].append(run.row({**run.values, "cider_d": run.reranked["cider_d"]}))
+    lines = []
+    for name, sides in rows.items():
+        line = [name]
+        for side in sides:
+            line += [len(side) or "-", cell(side, "cider_d"), cell(side, "unrelated_clip.accuracy", 1, 100)]
+        lines.append([*line, folders(dict.fromkeys(sum(sides, [])))])
+    head = ["system"]
+    for side in "plain", "keep":
+        head += [f"{side}: seeds", "CIDEr-D", "VQA"]
+    return table([*head, "runs"], lines)
+
+
 def score_columns(runs):
     """A column for each metric that these runs may have: scores are fractions, a vocabulary is a number of words."""
     return [(name, metric, 0 if metric == "vocabulary" else 3) for metric, name in metrics_of(runs).items()]
@@ -1539,6 +1559,11 @@ def sections(study):
             video.append(run)
         if run.retention and not probe:
             probe = f" (hash {run.retention['hash'][:12]})"
+    before = [100 * run.values["backbone.accuracy"] for run in study.core if "backbone.accuracy" in run.values]
+    yield ("Overview: hearing and sight", 1, table_overview(study),
+           "VQA: accuracy in percent beside an unrelated clip" + (f", {before[0]:.1f} before audio. " if before else ". ")
+           + "Keep: trained to leave the backbone's own answers about images as they are, and with a null slot, so that "
+           "attention can read nothing (concatenation has no attention). Captions of the test split.", [])
     yield ("Targets", 1, table_targets(study),
            "These are aims of this study for the released models and data, not results of the field.", [])
     published = table(["published", "data", "CIDEr", "SPIDEr", "SPIDEr-FL", "FENSE", "source"], PUBLISHED, 2)
@@ -1570,8 +1595,8 @@ def sections(study):
            "Keep: weight of the divergence from the backbone's own answers beside unrelated clips.", [])
     yield "Gate regularisation: L2", 3, table_sweep(study, ["gate_l2"]), "", []
     yield ("Video", 3, table_scores(video, ["run", "trained", "given"]),
-           "Scores of the first beam of 5, test split of the audio-visual dataset, nothing attached beside a run. Shuffled: "
-           "it had another clip." + other_clips(video), [])
+           "Scores of the first beam of 5, test split of the audio-visual dataset. Each run was trained on it, and nothing "
+           "is attached beside it." + other_clips(video), [])
     # tests/senses.py makes this figure's file, and no phase
     attention = [figure_attention] if (study.folder / "senses.json").is_file() else []
     yield ("Senses that compose", 3, table_senses(study),
@@ -1580,13 +1605,15 @@ def sections(study):
            "video branch had another clip.", attention)
     yield ("Cost of the second modality: all tries", 3, table_tries(study),
            f"In percentage points. Captions: {name} of audio captions without and with an unrelated video. VQA: "
-           "beside an unrelated clip, without and with an unrelated video.", [])
+           "beside an unrelated clip, without and with an unrelated video. Within: the loss is at most the tolerance, or its "
+           "95% interval includes 0.", [])
     if elsewhere:  # no phase of the study makes these
         yield ("Other data", 1, table_scores(elsewhere, ["system", "phase", "data"]),
                "Runs that captioned the test split of a dataset that they were not trained on." + other_clips(elsewhere), [])
     yield ("Comparisons", 4, table_statistics(study),
            f"The headline is against the baseline with the best mean validation {name}. Paired bootstrap of items, and of "
-           "seeds if there are several. p is two-sided, Holm over the metrics of a comparison."
+           "seeds if there are several. p is two-sided, Holm over the metrics of a comparison; 10,000 resamples give no p "
+           "below 0.0001."
            + dropped_items(study), [figure_intervals])
     yield "Appendix: gates at the start", 5, table_sweep(study, ["gate_init"]), "", []
     yield "Appendix: noise", 5, table_robustness(study), f"Test {name}, greedy decoding.", [figure_snr]
@@ -1658,8 +1685,8 @@ def report_head(study):
     head.append(f"{results} results, {seconds / 3600:.2f} hours of training.")
     head += headline_sentences(study)
     if study.metric == "spider_lite":
-        head.append("Not all runs chose their checkpoints by SPIDEr, which needs SPICE: spider_lite stands in for it, "
-                    "under its own name.")
+        head.append("spider_lite is the mean of CIDEr-D and of spice_lite, an F1 of stemmed content words and neighbouring "
+                    "pairs: it chooses checkpoints in place of SPIDEr, which needs SPICE.")
     for state in ("not finished", "not of the test split"):
         if states[state]:
             head.append(f"**{state.capitalize()}** ({len(states[state])} of {len(runs)} runs): {', '.join(states[state])}")

@@ -708,6 +708,7 @@ phase_4() {   # statistics, the folder to attach to a paper, the SCST checkpoint
         there "${both[@]/%//result.json}" || continue
         start_comparison video_both_vs_audio "${both[@]}" vs "${both[@]/%//audio}"
         start_comparison video_both_vs_video "${both[@]}" vs "${both[@]/%//video}"
+        start_comparison video_both_vs_shuffled "${both[@]}" vs "${both[@]/%//shuffled}"
         mapfile -t beside < <(for seed in $SEEDS; do echo "$EXP/core/additive_keep_s$seed/with_${run##*/}_s$seed/unrelated"; done)
         start_comparison audio_alone_vs_beside_video "${keeping[@]}" vs "${beside[@]}"
         break

@@ -583,6 +583,19 @@ def test_a_metric_of_ones_own_is_in_tables_and_figures(tmp_path, monkeypatch):
         "CIDEr-D", "FENSE", "spider_lite", "METEOR", "calmness", "brightness"]
 
 
+def test_overview_has_plain_and_kept_systems_side_by_side(whole):
+    """A row for each system of core; the sweeps of 160 steps and other phases' runs are in none."""
+    assert labels(whole[1], "Overview") == [
+        "additive", "additive, reranked", "additive + SCST", "additive + SCST, reranked", "cross-attention", "concatenation",
+        "partial unfreeze", "data-only (no audio)"]
+    found = row(whole[1], "Overview", "additive")
+    assert found[1:3] == ["2", "1.264 ± 0.023"] and found[4] == "2" and found[6] == "96.1 ± 0.0"
+    assert found[-1] == "`core/additive_s{0,1}`; `core/additive_keep_s{0,1}`"
+    assert row(whole[1], "Overview", "data-only (no audio)")[4:7] == ["-", "-", "-"]
+    found = row(whole[1], "Overview", "concatenation")
+    assert found[4] == "1" and found[-1] == "`core/concat_s{0,1}`; `retention/concat_keep_s0`"
+
+
 def test_other_data_is_in_no_table_of_the_runs_own(tmp_path):
     for seed in (0, 1):
         home = fake_run(tmp_path, f"core/additive_s{seed}", "additive", seed)

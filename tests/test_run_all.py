@@ -440,7 +440,7 @@ def test_comparisons_of_the_last_try_of_video(stubbed):
         "additive_keep_vs_additive", *(f"additive_keep_vs_{s}_keep" for s in ("concat", "cross_attention", "unfreeze")),
         *(f"additive_keep_reranked_vs_before_s{k}" for k in (0, 1))}
     both = [f"exp/video/video_try3_s{k}/with_additive_keep_s{k}" for k in (0, 1)]
-    for sense in ("audio", "video"):
+    for sense in ("audio", "video", "shuffled"):
         command = (statistics / f"video_both_vs_{sense}/cmd.txt").read_text().split()
         a, b = command.index("compare"), command.index("vs")
         assert command[a + 1:b] == both and command[b + 1:b + 3] == [f"{run}/{sense}" for run in both]
