@@ -346,7 +346,8 @@ def differences(runs):
             if any(other != value and shown(other) == text for other in others):
                 text = str(value)
             name = f"no {title(flag)}" if value is None else title(flag)
-            texts[run].append(name if value in (None, True) else f"{name} {text}")
+            # 1 equals True, but a weight of 1 is to be read
+            texts[run].append(name if value is None or value is True else f"{name} {text}")
     return texts
 
 

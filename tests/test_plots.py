@@ -257,6 +257,7 @@ def test_retention_has_an_interval_for_one_seed_and_a_deviation_for_two(whole):
     assert keeping[3:] == ["96.1 ± 0.0", "96.0 ± 0.0", "96.5 ± 0.0", "85.0 ± 0.0", "60", "0.4 ± 0.0", "0.5 ± 0.0", "0.0 ± 0.0",
                            "5.0 ± 0.0", "99.6 ± 0.0", "96.1 ± 0.0", "0.200 ± 0.000", "yes", "`core/additive_keep_s{0,1}`"]
     assert row(whole[1], "T5", "additive + keep, keep 30, steps 160", "1")[3] == "95.5 [92.5, 97.5]"
+    assert row(whole[1], "T5", "additive + keep, keep 1, steps 160", "1")[3] == "94.0 [91.0, 96.0]"
     for step, value in (("320", "10"), ("160", "30")):
         assert row(whole[1], "Gate regularisation: keep", "additive + keep", "yes", value, step)
     assert row(whole[1], "T5", "additive + SCST", "2")[3] == "90.0 ± 0.0"
