@@ -116,8 +116,8 @@ while [[ $EXP == ?*/ ]]; do EXP=${EXP%/}; done
 
 # ------------------------------------------------------------------ scale: paths and flags, nothing else
 SNR="20 10 5 0 -5"; DTYPE=""; EVAL=""; SWEEP_EVAL=""; BASELINES="unfreeze concat cross_attention data_only"
-WEIGHT=10; VIDEO_WEIGHTS="30 60 120"   # of keep, for audio and for video's tries; chosen by validation, as is
-OTHERS=0.1                       # the other sense's share of the questions to keep: tests/README.md, "Senses that compose"
+WEIGHT=10                        # of keep; chosen by validation, as the share of the other sense's prompt among a
+declare -A PROMPTS=([audio]=0.3 [video]=0.1)   # sense's questions to keep: tests/README.md, "Senses that compose"
 declare -A RATES=()              # learning rates, by system
 WORLD=$NAME; STANDIN=""          # made by tests/standin.py on first use
 if [ "$SCALE" != full ]; then
@@ -148,7 +148,6 @@ small)
     SHORT="--batch-size 32 --steps 40 --eval-every 40 $DTYPE"
     TRAIN_CLOTHO="--batch-size 32 --steps 80 --eval-every 40 $DTYPE"   # with keep, 40 steps are too few
     # by validation: tests/README.md, "A real language model, real ears"
-    WEIGHT=3
     for system in additive $BASELINES; do RATES[$system]="--lr 3e-3 --lr-adapter 3e-3"; done
     RATES[cross_attention]="--lr 1e-2 --lr-adapter 1e-2"
     VIDEO="$TRAIN ${RATES[additive]}"; OVERFIT="--limit-clips 1000 --batch-size 32 --steps 36 --eval-every 12 $DTYPE" ;;
@@ -204,7 +203,7 @@ look_at_inputs() {
     look CLOTHO clotho 1
     look QA questions 0 1 3
     look KEEP_QA kept 1 3
-    look AV av 3; [ -z "$KEEP_QA" ] || look AV av 1   # audio is told what will be said of videos
+    look AV av 3
     look LLAVA model 0 1 2 3 5
     look CLAP model 0 1 2 3 5
     look ENCODER model 0 1 2 3 5
@@ -501,8 +500,8 @@ train_clotho() {   # by the study's own system, from scratch and on from AudioCa
 }
 # Phase 3 needs the system that keeps too, and finds it done after phase 1.
 train_keeping() {
-    job keep_qa "$EXP/keep_qa/audio.jsonl" "$PYTHON" -c "$KEEP_QUESTIONS" --from "$KEEP_QA" --others $OTHERS \
-        --audio "$AUDIOCAPS" ${AV:+--video "$AV"} --out "$EXP/keep_qa"
+    job keep_qa "$EXP/keep_qa/video.jsonl" "$PYTHON" -c "$KEEP_QUESTIONS" --from "$KEEP_QA" --captions "$AUDIOCAPS" \
+        --audio "${PROMPTS[audio]}" --video "${PROMPTS[video]}" --out "$EXP/keep_qa"
     drain
     train_seeds core/additive_keep additive audiocaps "$AUDIOCAPS" $TRAIN $SCST "${KEEP[@]}" $WEIGHT
 }
@@ -510,9 +509,10 @@ measure_primary() {
     start_evaluation caption rerank/result.json core_primary $(with_scst "core/$PRIMARY") -- $CAPTION_TEST --rerank
     [ -z "$QA" ] || start_evaluation retention retention.json core_primary $(with_scst "core/$PRIMARY") -- "${VQA[@]}"
 }
-# Two senses that have never met are attached together, so each learns beforehand to leave the other alone: among its
-# questions to keep are the other's prompt, without an image, and along with it captions, which that one will be saying.
-# Images are found through a link beside the files, since names may not lead out of their folder.
+# Two senses that have never met are attached together, so each learns beforehand to leave the other's question alone:
+# the questions to keep are images' questions and, in place of a share of them, the other sense's prompt without an image.
+# To video, the second, that prompt comes with captions of sounds: what the first will say while both are attached.
+# Images are found through a link beside the file, since names may not lead out of its folder.
 KEEP_QUESTIONS='
 import json
 import os
@@ -520,15 +520,10 @@ import random
 import sys
 from pathlib import Path
 import data
-words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-source, share, out = Path(words["--from"]), float(words["--others"]), Path(words["--out"])
-said = {}   # what each sense says: rows of question and answer
+source, captions, audio, video, out = Path(sys.argv[2]), sys.argv[4], float(sys.argv[6]), float(sys.argv[8]), Path(sys.argv[10])
 try:
     kept = data.read_kept(source)
-    for sense, layout, prompt in ("video", "av", data.VIDEO_PROMPT), ("audio", "audiocaps", data.SOUND_PROMPT):
-        if "--" + sense in words:
-            clips = data.read_split(layout, words["--" + sense], "train").clips
-            said[sense] = [{"question": c.question or prompt, "answer": c.references[0]} for c in clips]
+    clips = data.read_split("audiocaps", captions, "train").clips
 except data.InputError as error:
     sys.exit(f"error: {error}")
 folder = source.parent / "images"
@@ -545,15 +540,14 @@ link = out / "images.tmp"
 link.unlink(missing_ok=True)
 link.symlink_to(folder.resolve())
 os.replace(link, out / "images")
-for sense in said:   # audio.jsonl last: it says that all is done
-    others = [row for other in said if other != sense for row in said[other]]
-    if not others:
-        share = 0
+def write(sense, share, other):
     about_images = rows[:round(data.KEPT_QUESTIONS * (1 - share))]
-    drawn = random.Random(0)
-    others = [drawn.choice(others) for _ in range(round(len(about_images) * share / (1 - share)))]
+    others = [other() for _ in range(round(len(about_images) * share / (1 - share)))]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in about_images + others]
-    data.write_text(out / f"{sense}.jsonl", "".join(lines))'
+    data.write_text(out / f"{sense}.jsonl", "".join(lines))
+drawn = random.Random(0)
+write("audio", audio, lambda: {"question": data.VIDEO_PROMPT})
+write("video", video, lambda: {"question": data.SOUND_PROMPT, "answer": drawn.choice(clips).references[0]})'
 # ablation SYSTEM LAYERS TOKENS HIDDEN CONTRASTIVE: named by its settings, so that none is trained twice
 ablation() {
     ABLATION="ablation/$1_l${2// /-}_n$3_h$4_c$5_s$FIRST_SEED"
@@ -637,7 +631,8 @@ train_av() {   # train_av PHASE/NAME flags...
 }
 add_video() {   # a video branch, trained alone, beside audio; while it costs more than TOLERANCE it is trained again, kept more
     local try=0 weight tries=()
-    for weight in $VIDEO_WEIGHTS; do
+    # on validation WEIGHT itself was too little
+    for weight in $((3 * WEIGHT)) $((6 * WEIGHT)) $((12 * WEIGHT)); do
         try=$((try + 1)); tries+=("$EXP/video/video_try${try}_s$FIRST_SEED")
         try_video "$FIRST_SEED"
         decide "$EXP/core/additive_keep_s$FIRST_SEED" "${tries[@]}" && break
