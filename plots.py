@@ -658,7 +658,8 @@ def table_retention(study):
             runs.append(run)
     if not runs:
         return None
-    groups = grouped(runs)
+    # a video branch differs from the others in more flags than a cell can show
+    groups = grouped(runs, lambda run: (run.stem if run.phase == "video" else run.label,))
     # the backbone answers the same whatever sounds; conflict is about other questions
     first = next(iter(groups.values()))[0]
     alone = {"questions": first.values["questions"], "relative": 100.0}
