@@ -83,7 +83,7 @@ def test_comparisons_and_export(smoke):
     names = [f"additive_vs_{system}" for system in SYSTEMS[1:]]
     names += [f"additive_keep_vs_{system}_keep" for system in ("concat", "cross_attention", "unfreeze")]
     names += ["additive_keep_vs_additive", "additive_keep_reranked_vs_before_s0",
-              "video_both_vs_audio", "video_both_vs_video"]
+              "video_both_vs_audio", "video_both_vs_video", "video_both_vs_shuffled"]
     for name in names:
         found = json.loads((smoke / f"statistics/{name}.json").read_text())
         assert found["n"] == (8 if name.startswith("video") else 32)  # test clips of the two data sets
