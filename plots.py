@@ -572,8 +572,10 @@ def run_table(head, groups, columns):
 
 def table_overview(study):
     """What each system hears and sees, without keep and with it: a row for each system, SCST and reranking included."""
+    # beside each plain run one that keeps: a sweep over weights, as long as core, has several, and core's is the first
+    kept = {plain: run for run, plain in reversed(study.kept.items())}
     rows = defaultdict(lambda: ([], []))  # {name: (plain runs, runs with keep)}
-    for run in dict.fromkeys([*filter(lambda run: run.result, study.core), *study.kept]):
+    for run in dict.fromkeys([*[run for run in study.core if run.result], *kept.values()]):
         name, keeps = run.label.replace(" + keep", ""), bool(run.config["keep"])
         rows[name][keeps].append(run)
         if run.reranked:

@@ -597,6 +597,13 @@ def test_overview_has_plain_and_kept_systems_side_by_side(whole):
     assert found[4] == "1" and found[-1] == "`core/concat_s{0,1}`; `retention/concat_keep_s0`"
 
 
+def test_a_sweep_as_long_as_core_adds_no_seeds_to_the_overview(tmp_path):
+    for name, keep in (("core/additive_s0", 0), ("core/additive_keep_s0", 10), ("retention/keep_1_s0", 1)):
+        fake_run(tmp_path, name, "additive", 0, keep=keep, null_slot=bool(keep))
+    found = row(plots.report(tmp_path), "Overview", "additive")
+    assert found[4] == "1" and found[-1] == "`core/additive_s0`; `core/additive_keep_s0`"
+
+
 def test_other_data_is_in_no_table_of_the_runs_own(tmp_path):
     for seed in (0, 1):
         home = fake_run(tmp_path, f"core/additive_s{seed}", "additive", seed)
