@@ -28,6 +28,7 @@ import errno
 import fcntl
 import filecmp
 import functools
+import gc
 import hashlib
 import io
 import itertools
@@ -140,6 +141,8 @@ def guarded(main, *mistakes):
     """Run a script's main: a person's mistake is one line and exit status 2, Ctrl-C is 130.
 
     mistakes: further classes of exceptions, beside InputError, that are a person's."""
+    # what is imported is never garbage; looking through it again and again, and at the end once more, takes a second
+    gc.freeze()
     try:
         # a console that cannot show a name shows its escapes
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -163,6 +166,8 @@ def guarded(main, *mistakes):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        gc.freeze()  # transformers has come
 
 
 def versions():

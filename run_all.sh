@@ -166,13 +166,12 @@ esac
 if [ "$SMOKE" = 1 ]; then
     TRAIN="--batch-size 16 --micro-batch 16 --steps 6 --eval-every 3 $DTYPE"
     SCST="--scst auto --scst-steps 2 --scst-temperature 0.5"
-    OVERFIT="--limit-clips 32 --batch-size 16 --micro-batch 16 --steps 30 --eval-every 15 $DTYPE"
     if [ "$SCALE" = full ]; then   # passes as large as they will be: what has no room for them should fail today
         FEW="--limit-clips 64"
         TRAIN="$FEW $SIZES --batch-size $(( 2 * ${SIZES##* } )) --steps 6 --eval-every 3"
-        SCST="--scst auto --scst-steps 2"; OVERFIT=$TRAIN; EVAL+=" $FEW"
+        SCST="--scst auto --scst-steps 2"; EVAL+=" $FEW"
     fi
-    SHORT=$TRAIN; TRAIN_CLOTHO=$TRAIN; VIDEO=$TRAIN; PROBE=20; SNR="10 -5"
+    OVERFIT=$TRAIN; SHORT=$TRAIN; TRAIN_CLOTHO=$TRAIN; VIDEO=$TRAIN; PROBE=20; SNR="10 -5"
 fi
 ENCODER=${ENCODER:-$CLAP}
 [ -n "$QA" ] || KEEP_QA=         # what keep is worth, only the probe can tell
@@ -457,7 +456,7 @@ phase_0() {   # do the parts work? a closed gate changes nothing; a small set ca
 }
 
 phase_1() {   # AudioCaps: the system that keeps, and five plain ones; the first is reranked and goes to Clotho
-    local system others stable=$EXP/core/additive_s$FIRST_SEED/stable.json
+    local system others clotho="" stable=$EXP/core/additive_s$FIRST_SEED/stable.json
     [ -z "$KEEP_QA" ] || train_keeping
     train_seeds core/additive additive audiocaps "$AUDIOCAPS" $TRAIN $SCST
     for system in $BASELINES; do
@@ -472,14 +471,13 @@ phase_1() {   # AudioCaps: the system that keeps, and five plain ones; the first
     [ -z "$CLOTHO" ] || train_clotho
     others=$(all_seeds $(printf 'core/%s ' $BASELINES))
     [ "$PRIMARY" = additive ] || others="$(with_scst core/additive) $others"
+    [ -z "$CLOTHO" ] || clotho=$(all_seeds "clotho/$PRIMARY" "clotho/${PRIMARY}_init" clotho/cross_attention)
     measure_primary
-    start_evaluation caption result.json core $others -- $CAPTION_TEST
+    start_evaluation caption result.json core $others $clotho -- $CAPTION_TEST
     [ -z "$QA" ] || start_evaluation retention retention.json core $others -- "${VQA[@]}"
     # what was learned on AudioCaps alone, on the other data set
     [ -z "$CLOTHO" ] || start_evaluation caption on_clotho/result.json core_on_clotho $(all_seeds "core/$PRIMARY") -- \
         $CAPTION_TEST --dataset clotho --data "$CLOTHO"
-    [ -z "$CLOTHO" ] || start_evaluation caption result.json clotho \
-        $(all_seeds "clotho/$PRIMARY" "clotho/${PRIMARY}_init" clotho/cross_attention) -- $CAPTION_TEST
 }
 with_scst() {   # with_scst NAME...: all seeds, and what SCST made of each, unless it collapsed at once
     local run
@@ -769,7 +767,7 @@ phase_5() {   # appendix: gates that start elsewhere, noise in the audio
 if [ "${1:-}" = test ]; then
     setup pytest hypothesis xdist
     [ $# -gt 1 ] || set -- test -n 2 --dist loadfile --no-loadscope-reorder   # a selection is faster in one process
-    exec "$PYTHON" -m pytest -q tests "${@:2}"
+    exec "$PYTHON" -m pytest -q -o testpaths=tests "${@:2}"   # a file that is named comes in place of the folder
 fi
 [ $# -eq 0 ] || die "run_all.sh $1: the only argument is 'test'; the knobs are at the top of the script"
 PHASE=set-up
