@@ -247,7 +247,7 @@ METRICS = ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "meteor", "cider_d
 STOP_WORDS = frozenset("""a an the and or but of in on at to from with by for as is are was were
 be been being am it its this that these those there here he she they them his her their while
 then""".split())
-STEMMER = snowballstemmer.stemmer("english")
+stem = functools.cache(snowballstemmer.stemmer("english").stemWord)  # captions use the same words often
 PYCOCOEVALCAP = Path(list(pycocoevalcap.__path__)[0])
 
 
@@ -385,7 +385,7 @@ def spice(hypotheses, references):
 def _content(caption):
     """Stemmed content words of a tokenised caption, and the pairs of neighbours."""
     # neighbours count too: "a dog chases a cat" is not "a cat chases a dog"
-    stems = STEMMER.stemWords([w for w in caption.split() if w not in STOP_WORDS])
+    stems = [stem(w) for w in caption.split() if w not in STOP_WORDS]
     return frozenset(stems) | frozenset(zip(stems, stems[1:]))
 
 
@@ -1244,10 +1244,11 @@ def contradicting_clips(questions, clips, answers, generator):
     said = [f" {normalise(' '.join(clip.references))} " for clip in clips]
     picks = {}
     for i, q in enumerate(questions):
-        others = [f" {a} " for a in answers[q.question] - NO_CONTRADICTION - {normalise(q.answer)} if not a.isdigit()]
+        own = normalise(q.answer)
+        others = [f" {a} " for a in answers[q.question] - NO_CONTRADICTION - {own} if not a.isdigit()]
         found = []
         for k, text in enumerate(said):
-            if f" {normalise(q.answer)} " not in text and any(other in text for other in others):
+            if f" {own} " not in text and any(other in text for other in others):
                 found.append(k)
         if found:
             picks[i] = int(generator.choice(found))
