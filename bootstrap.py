@@ -408,7 +408,10 @@ class Parser(argparse.ArgumentParser):
 def parse_args(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("compare", help="paired tests and intervals of A - B")
+    sub = commands.add_parser(
+        "compare", help="paired tests and intervals of A - B",
+        description="p: of the bootstrap; p Holm: adjusted for the metrics that are shown; p random: A and B swapped for "
+                    "each item at random, with one run a side; effect: A - B in standard deviations of the items' differences")
     sub.add_argument("runs", nargs="+", metavar="RUN", help="A B; with several seeds: A0 A1 A2 vs B0 B1 B2")
     sub.add_argument("--resamples", type=int, default=10_000, help="resamples (default 10000)")
     sub.add_argument("--seed", type=int, default=0, help="seed of the resampling (default 0)")

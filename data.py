@@ -84,7 +84,10 @@ def _replacing(path):
     """A temporary path that replaces `path` at the end of the block, so nobody reads half a file."""
     tmp = Path(f"{path}.tmp.{os.getpid()}")
     try:
+        tmp.touch()
+        mode = tmp.stat().st_mode
         yield tmp
+        os.chmod(tmp, mode)  # safetensors lets the owner alone read, whatever the umask says
         os.replace(tmp, path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', error)})") from None

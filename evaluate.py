@@ -616,7 +616,8 @@ def add_criteria(candidates, embeds, clap):
     """Add to every candidate the reranker's criteria beside its log-probability.
 
     "clap": cosine with the clip's row of embeds (n, width). "clap_other": with another clip, a
-    control. "consensus": mean CIDEr-D against the clip's other candidates, no reference is read.
+    control. "consensus": mean CIDEr-D against the clip's other candidates, no reference is read; of
+    one clip alone with all words weighing the same.
     """
     texts, corpus, hypotheses, others = [], [], [], []
     for clip in candidates:
@@ -627,6 +628,8 @@ def add_criteria(candidates, embeds, clap):
             hypotheses.append(text)
             # a clip with one candidate agrees with nothing
             others.append(words[:j] + words[j + 1:] or [""])
+    if len(corpus) == 1:
+        corpus.append([""])  # else each word would be in every clip, and weigh nothing
     vectors = iter(clap.embed_text(texts))
     consensus = iter(scst.CiderD(corpus).score_many(hypotheses, others).tolist())
     for i, clip in enumerate(candidates):
@@ -746,7 +749,7 @@ class Run:
     config: dict
     backbone: data.Backbone
     fusion: fusions.Fusion
-    own_config: dict    # the same as config, but where captions of other data are made
+    own_config: dict    # as it was trained; `config` may name other data and another CLAP
 
     @property
     def stage(self):
@@ -833,6 +836,26 @@ def write_results(folder, **contents):
         write_json(folder / f"{name}.json", content)
 
 
+def refuse_to_replace(path, n, what, args):
+    """Raises InputError where a result of more clips or questions, of other beams, or reranked stands.
+
+    A quick look must not take the place of a study's numbers.
+    """
+    if not path.exists():
+        return
+    old = read_json(path).get("n", 0)
+    was, now = [], []
+    if path.name == "result.json":
+        was.append(f"{read_json(path.parent / 'run_card.json')['decoding']['beams']} beams")
+        now.append(f"{args.beams} beams")
+        if (path.parent / "rerank/result.json").exists():
+            was.append("reranked")
+            now += ["reranked"] * args.rerank
+    if n < old or was != now:
+        raise InputError(f"{path}: is of {', '.join([f'{old} {what}', *was])}, this would be of "
+                         f"{', '.join([f'{n} {what}', *now])}: remove it first, or work on a copy of the run's folder")
+
+
 def make_items(clips, captions, candidates=None):
     """Predictions to be scored: captions[i] is the candidate chosen for clips[i]."""
     items = []
@@ -852,11 +875,10 @@ def make_items(clips, captions, candidates=None):
 
 def caption(run, others, args):
     """Caption a split with a run, for each of --hear: predictions.json, run_card.json, result.json."""
-    if args.clap:
-        run = replace(run, config={**run.config, "clap": args.clap})
+    other = {"clap": args.clap} if args.clap else {}
     if args.data:
-        other = {"dataset": args.dataset, "data": args.data}
-        run = replace(run, config={**run.config, **other}, own_config=run.config)
+        other |= {"dataset": args.dataset, "data": args.data}
+    run = replace(run, config=run.config | other)
     for hear in args.hear:
         _caption(run, others, hear, args)
 
@@ -867,11 +889,14 @@ def _caption(run, others, hear, args):
         raise InputError(f"{run.folder}: --rerank needs a run with audio, without --with, and "
                          "--hear all: CLAP compares captions with the sound")
     inputs, branches = choose_branches(run, others, hear, args)
-    clips, independent = inputs.split.clips, independent_clap(config, args)
+    clips, independent = inputs.split.clips, independent_clap(run, args)
+    refuse_to_replace(out / "result.json", len(clips), "clips", args)
     # before decoding: a run without a CLAP should not wait for that
     judge = data.judge_of(config, inputs.split, args.device) if args.rerank or independent else None
     options = {"beams": args.beams, "samples": args.samples if args.rerank else 0,
                "seed": args.seed, "temperature": run.temperature, "batch_size": args.batch_size}
+    if run.backbone.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.backbone.device)  # runs before it in this process do not count
     start = time.perf_counter()
     candidates = decode(run.backbone, branches, inputs.prompts, **options,
                         progress=f"caption: {run.folder.name}")
@@ -910,13 +935,20 @@ def _caption(run, others, hear, args):
         rerank(out, find_reranker(run, card["decoding"], args), run.metric)
 
 
-def independent_clap(config, args):
+def independent_clap(run, args):
     """Path of a CLAP that took no part in the captions, so that it can judge them; else None.
 
-    It is one that --clap names, and that did not listen, train or rerank.
+    It is one that --clap names, here or in training, and that did not listen, train or rerank.
     """
-    took_part = config["contrastive"] or args.rerank or config["clap"] == config["encoder"]
-    return None if took_part else config["clap"]
+    clap, own = run.config["clap"], run.own_config
+    if not clap or args.rerank or same_path(clap, own["encoder"]):
+        return None
+    return None if own["contrastive"] and same_path(clap, data.clap_path(own)) else clap
+
+
+def same_path(a, b):
+    """Are two folders, or two hub names, the same?"""
+    return os.path.realpath(a) == os.path.realpath(b)
 
 
 def in_a_line(corpus):
@@ -1015,7 +1047,7 @@ def find_reranker(run, decoding, args):
 def run_card(run, others, inputs, training, options, args):
     """Where a result comes from: data, models, losses, decoding, cost, machine."""
     config, split = run.config, inputs.split
-    encoder, clap = inputs.encoders[0], data.clap_path(config)
+    encoder, clap = inputs.encoders[0], data.clap_path(run.own_config)
     # who listened, trained and reranked: a judge that took part is not independent
     return {
         "dataset": {"name": config["dataset"], "split": args.split, "n": len(split.clips),
@@ -1080,6 +1112,9 @@ def rerank_runs(args):
             read_candidates(folder)  # before anything is decoded on validation
             card = read_json(folder / "run_card.json", hint)
             run = open_run(folder, args.device, args.dtype)
+            # the CLAP of the cosines that are there, which `caption --clap` may have named
+            judge = read_json(folder / "rerank/run_card.json", hint)["clap"]["reranks"]
+            run = replace(run, config=run.config | {"clap": judge})
             reranker = find_reranker(run, card["decoding"], args)
         rerank(folder, reranker, metric)
 
@@ -1287,6 +1322,7 @@ def retention(run, others, args):
     probe, digest, untouched = load_probe(args.qa, args.images, args.limit_questions, run.backbone,
                                           args.batch_size)
     questions = probe.questions
+    refuse_to_replace(out / "retention.json", len(questions), "questions", args)
     for r in runs:
         if r.config["keep_qa"]:
             data.check_apart(r.config["keep_qa"], questions)
@@ -1393,25 +1429,31 @@ def describe(run, files, **options):
     options: those of describe_file. Raises InputError for a file that cannot be read.
     """
     texts = []
-    for file in files:
+    for file in [files] if isinstance(files, (str, os.PathLike)) else files:
         texts += [row["caption"] for row in describe_file(run, file, **options)]
     return texts
 
 
-def describe_file(run, file, others=(), question=None, image=None, every=None, beams=5, rerank=False):
+def describe_file(run, file, others=(), question=None, image=None, every=None, beams=5, rerank=False, batch_size=64,
+                  seed=0):
     """[{"file", "start", "end", "caption"}]: what a run says of a file, or answers while it plays.
 
-    others: runs whose branches are attached too. question: a text instead of the run's own prompt.
-    image: a picture that it is about; its answer is searched greedily. every: windows of so many
-    seconds, whose start and end are told; else the file is one clip. file: None for no sound.
+    others: runs of open_others, whose branches are attached too. question: a text instead of the
+    run's own prompt. image: a picture that it is about; its answer is searched greedily. every:
+    windows of so many seconds, whose start and end are told; else the file is one clip. file: None
+    for no sound. batch_size: windows at once. seed: of the samples of rerank.
     """
     backbone, question = run.backbone, question or run.config["prompt"]
     if rerank and (others or image or run.config["modality"] != "audio"):
         raise InputError(f"{run.folder}: --rerank needs a run with audio, without --with and --image")
     runs, heard, reasons = [], [], []
     for r in [run, *others] if file else []:
+        modality = r.config["modality"]
+        if every and modality != "audio":
+            raise InputError(f"{file}: --every cuts sound into windows, and {r.folder} sees video")
+        encoder = data.load_encoder(r.config["encoder"], modality, str(backbone.device))
         try:
-            heard.append(take_in(r, file, every))
+            heard.append(take_in(encoder, file, every))
             runs.append(r)
         except InputError as error:  # a sense that has nothing in this file
             reasons.append(error)
@@ -1426,7 +1468,7 @@ def describe_file(run, file, others=(), question=None, image=None, every=None, b
         texts = [row["answer"] for row in answers]
     else:
         candidates = decode(backbone, branches, prompts, beams=beams, samples=5 if rerank else 0,
-                            temperature=run.temperature)
+                            temperature=run.temperature, batch_size=batch_size, seed=seed)
         picks = [0] * len(spans)
         if rerank:
             weights = read_json(run.folder / "rerank/reranker.json", "; `caption RUN --rerank` fits one")
@@ -1434,22 +1476,19 @@ def describe_file(run, file, others=(), question=None, image=None, every=None, b
             wave, waves = data.decode_audio(file, clap.rate, LONG if every else data.MAX_SECONDS), []
             for start, end in spans:  # CLAP's windows are those of the encoder, whose rate may be another
                 waves.append(wave if start is None else wave[int(start * clap.rate):int(end * clap.rate)])
-            add_criteria(candidates, clap.embed_sounds(waves), clap)
+            for one, embeds in zip(candidates, clap.embed_sounds(waves)):  # one recording's windows are no corpus
+                add_criteria([one], embeds[None], clap)
             picks = choose(candidates, [*weights["weights"].values()])
         texts = texts_of(take(candidates, picks))
     return [{"file": str(file or ""), "start": start, "end": end, "caption": text}
             for (start, end), text in zip(spans, texts)]
 
 
-def take_in(run, file, every=None):
-    """([(start, end)], [frames]) of a file as a run's encoder hears or sees it."""
-    modality = run.config["modality"]
-    encoder = data.load_encoder(run.config["encoder"], modality, str(run.backbone.device))
-    if modality == "audio":
+def take_in(encoder, file, every=None):
+    """([(start, end)], [frames]) of a file as an encoder hears or sees it."""
+    if encoder.modality == "audio":
         wave = data.decode_audio(file, encoder.rate, LONG if every else data.MAX_SECONDS)
         spans, parts = cut(wave, encoder.rate, every)
-    elif every:
-        raise InputError(f"{file}: --every cuts sound into windows, and {run.folder} sees video")
     else:
         spans, parts = [(None, None)], [data.decode_video(file, encoder.frames)]
     # at the precision of the cache, so that captions are those of `caption`
@@ -1473,7 +1512,7 @@ def describe_files(run, others, args):
     """Print a line for each file, or window of it; bad files are told on stderr, exit status 2."""
     rows, failed = [], 0
     options = {"question": args.question, "image": args.image, "every": args.every, "beams": args.beams,
-               "rerank": args.rerank}
+               "rerank": args.rerank, "batch_size": args.batch_size, "seed": args.seed}
     for file in media_files(args.files) if args.files else [None]:
         # one at a time: the first line comes at once, and a bad file stops no other
         try:
@@ -1794,10 +1833,10 @@ def parse_args(argv=None):
             p.add_argument("--limit-clips", type=int, default=0, help="the first clips of a split only, 0 = all")
         if model:
             p.add_argument("--with", nargs="+", dest="others", metavar="RUN", default=[],
-                           help="also attach the branches of these runs")
+                           help="also attach the branches of these runs; the prompt is the first RUN's")
         return p.add_argument
 
-    add = command("caption", caption, "caption a split and score it", model=True)
+    add = command("caption", caption, "caption a split and score it, in the run's folder", model=True)
     add("--split", default="test", choices=["val", "test"], help="which split")
     add("--beams", type=int, default=5, help="beam width; 1 is greedy")
     add("--rerank", action="store_true", help="then choose among beams and samples: RUN/rerank")
@@ -1846,6 +1885,7 @@ def parse_args(argv=None):
     add("--from", dest="source", metavar="FOLDER", help="take them from a folder with sbert/, bert/ and "
         "echecker.ckpt; default: from the Hugging Face hub and FENSE's release")
     args = parser.parse_args(argv)
+    parser = commands.choices[args.command]  # errors show its usage
     for flag, least in (("beams", 1), ("batch_size", 1), ("limit_questions", 1), ("limit_clips", 0), ("samples", 0),
                         ("seed", 0)):
         if getattr(args, flag, least) < least:
@@ -1853,8 +1893,8 @@ def parse_args(argv=None):
     if bool(getattr(args, "data", None)) != bool(getattr(args, "dataset", None)):
         parser.error("--dataset and --data need each other: a layout and a folder")
     if args.command == "describe" and not (args.files or args.image):
-        parser.error("describe needs a FILE, or an --image")
-    if (getattr(args, "every", None) or 1) < 1:
+        parser.error("describe needs a FILE, before --with, or an --image")
+    if getattr(args, "every", None) is not None and args.every < 1:
         parser.error("--every must be at least 1 second")
     if "unrelated" in getattr(args, "hear", ()) and not args.others:
         parser.error("--hear unrelated needs --with RUN, whose branch gets unrelated clips")

@@ -7,7 +7,9 @@
         llava.generate(**inputs)                   # also beams, samples and the KV cache
     audio.save("run"); audio = fusion.load("run", decoder)
 
-Copy this file alone: it needs torch, safetensors and a Hugging Face decoder with `.layers`.
+Copy this file alone: it needs torch, safetensors and a Hugging Face decoder with `.layers`, which
+you freeze by decoder.requires_grad_(False). concat also needs `slots`. Where transformers stops at
+a torchaudio that wants CUDA, `pip uninstall torchaudio`.
 
 Shapes: B clips, T text positions, S encoder frames, N modality tokens, D decoder width,
 E encoder width, H heads, R adapter rank. "Layer l" is the input of decoder block l, from 0.
@@ -276,6 +278,7 @@ class Fusion(nn.Module):
         new = [folder / "fusion.safetensors.tmp", folder / "fusion.json.tmp"]
         save_file(tensors, new[0], metadata={"sha256": digest(tensors)})
         new[1].write_text(json.dumps(asdict(self.spec), indent=1) + "\n", encoding="utf-8")
+        os.chmod(new[0], new[1].stat().st_mode)  # safetensors lets the owner alone read, whatever the umask says
         for path in new:
             os.replace(path, path.with_suffix(""))
 

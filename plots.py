@@ -1578,9 +1578,10 @@ def sections(study):
            "Scores of the first beam of 5. With several seeds: mean ± sample standard deviation." + judge(core)
            + other_clips(core), [figure_curves, figure_gates, figure_pareto])
     yield ("Efficiency", 1, run_table(["system"], grouped(core), EFFICIENCY),
-           "Minutes to 90%: when validation first reached 90% of its final score. GB: the most that the process held, of "
-           "the GPU or, without one, of RAM. Clips/s: where a run is reranked, drawing its samples is included. FLOPs: "
-           "matrix products in decoding a clip, by torch.utils.flop_counter.", [])
+           "Minutes to 90%: when validation first reached 90% of its final score. GB: the most that was held of the "
+           "GPU or, without one, that the process has held of RAM, also for runs that it captioned before. Clips/s: where a "
+           "run is reranked, drawing its samples is included. FLOPs: matrix products in decoding a clip, by "
+           "torch.utils.flop_counter.", [])
     yield ("T2 Clotho, evaluation split", 1, table_scores(clotho, ["system", "start"]),
            "Scores of the first beam of 5." + other_clips(clotho), [])
     yield "T3 Layers", 2, table_sweep(study, ["layers"]), "Rows differ only in the flags shown.", []

@@ -3,8 +3,8 @@
     python scst.py      # a toy policy learns two captions by reward alone, in seconds
 
     reward = CiderD(reference_corpus)  # references of the training clips
-    r = reward.score_many(samples, references)  # (B * K,)
-    loss = scst_loss(logprobs, mask, leave_one_out(r.view(B, K)))
+    r = reward.score_many(samples, references)  # (B * K,); references: a list for each sample
+    loss = scst_loss(logprobs, mask, leave_one_out(r.view(B, K)))  # logprobs, mask: (B, K, T)
 
 Copy this file alone: it needs torch, and `sample_tree` a decoder of transformers. Captions are
 tokenised strings, words separated by spaces. B clips, K samples of each, T tokens of a sample,

@@ -870,9 +870,10 @@ def train_stage(model, learn, clips, val_inputs, optimizer, progress, args):
 
 # ---------------------------------------------------------------- main
 
-def build_model(inputs, clap, args):
+def build_model(clap, args):
     """The Model of a run that begins. clap: data.Clap of a contrastive term, or None."""
-    backbone, (encoder,) = data.load_backbone(args.llava, args.device, args.dtype), inputs.encoders
+    encoder = data.load_encoder(args.encoder, args.modality, args.device)
+    backbone = data.load_backbone(args.llava, args.device, args.dtype)
     decoder = backbone.decoder
     torch.manual_seed(args.seed)
     fusion = fusions.build(
@@ -949,12 +950,12 @@ def main(argv=None):
     clap = None
     if args.contrastive or args.clap:
         clap = data.clap_of(vars(args), args.device, "--contrastive")
+    model = build_model(clap, args)  # before the clips: a wrong --layers or --llava should not wait for hours of encoding
     inputs, val_inputs = (data.load_inputs([vars(args)], s, args.device, args.limit_clips) for s in splits)
     clips = inputs.split.clips
     if RANK == 0:
         for s in splits:
             print(f"{s.name}: {len(s.clips)} clips, {len(s.missing)} missing, {len(s.bad)} unreadable")
-    model = build_model(inputs, clap, args)
 
     # the folder is touched only now: all flags have been checked
     if RANK == 0:

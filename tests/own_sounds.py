@@ -24,6 +24,8 @@ def main():
         right = 0
         for item in items:
             counts = [s for r in item["references"] for s in named(r)]
+            if not counts:
+                sys.exit(f"error: {run}: none of {item['references']} names one of {', '.join(SOUNDS)}: this is for ESC-10")
             truth = max(set(counts), key=counts.count)  # some references name no sound: the majority decides
             right += named(item["prediction"]) == {truth}
         print(f"{run}: {right} of {len(items)} captions name the right sound alone ({right / len(items):.0%})")

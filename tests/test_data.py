@@ -1224,3 +1224,18 @@ def test_images(tmp_path):
         with pytest.raises(InputError, match=f"{name}.png: ") as error:
             data.open_image(tmp_path / f"{name}.png")
         assert "\n" not in str(error.value)
+
+
+def test_others_may_read_what_is_written(tmp_path):
+    """As the umask says, also where safetensors writes: a laboratory shares its features and checkpoints."""
+    before = os.umask(0o022)
+    try:
+        with data._replacing(tmp_path / "features.safetensors") as tmp:
+            data.save_file({"x": torch.zeros(1)}, tmp)
+        data.write_text(tmp_path / "text", "x")
+        os.umask(0o027)
+        data.write_text(tmp_path / "private", "x")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"features.safetensors": 0o644, "text": 0o644, "private": 0o640}

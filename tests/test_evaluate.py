@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -383,6 +384,40 @@ def test_criteria_by_hand():
     assert found[0][0]["consensus"] == agreement.score_many(
         ["a dog barks"], [["a dog barks loudly", "rain"]]).item() > 0
     assert found[0][2]["consensus"] == 0 == found[1][0]["consensus"]
+    # one clip alone, as a person's own sound: its words are in no other clip, and still agree
+    evaluate.add_criteria(found[:1], torch.tensor([[1.0, 0.0]]), Listener())
+    consensus = [c["consensus"] for c in found[0]]
+    assert consensus[0] == consensus[1] > 0 == consensus[2]
+
+
+@pytest.mark.parametrize("clap, contrastive, reranks, judges", [
+    ("other", 0.1, False, True), ("trained", 0, False, True),
+    ("trained", 0.1, False, False), ("./trained", 0.1, False, False), ("ears", 0, False, False), ("other", 0.1, True, False)])
+def test_who_may_judge(clap, contrastive, reranks, judges):
+    """A CLAP that did not listen, train or rerank; the same folder by another path is the same CLAP."""
+    own = {"encoder": "ears", "clap": "trained", "contrastive": contrastive}
+    run = SimpleNamespace(config=own | {"clap": clap}, own_config=own)
+    assert evaluate.independent_clap(run, SimpleNamespace(rerank=reranks)) == (clap if judges else None)
+
+
+def test_a_quick_look_replaces_no_result(tmp_path):
+    """Fewer clips, other beams, or no reranking where there is one: refused. More clips, or the same again: not."""
+    evaluate.write_results(tmp_path, run_card={"decoding": {"beams": 5}}, result={"n": 320})
+
+    def refuse(n, beams, rerank=False):
+        evaluate.refuse_to_replace(tmp_path / "result.json", n, "clips", SimpleNamespace(beams=beams, rerank=rerank))
+
+    for n, rerank in ((320, False), (400, False), (320, True)):
+        refuse(n, 5, rerank)
+    for n, beams in ((8, 5), (320, 1)):
+        with pytest.raises(data.InputError, match=f"is of 320 clips, 5 beams, this would be of {n} clips, {beams} beams"):
+            refuse(n, beams)
+    evaluate.write_results(tmp_path / "rerank", result={"n": 320})
+    refuse(320, 5, rerank=True)
+    with pytest.raises(data.InputError, match="5 beams, reranked, this would be of 320 clips, 5 beams: remove it first"):
+        refuse(320, 5)
+    (tmp_path / "result.json").unlink()
+    refuse(8, 1)
 
 
 def test_selection_values_are_the_scores_of_the_captions():
@@ -835,8 +870,12 @@ def test_the_first_sense_beside_unrelated_clips_of_the_second(world, senses, tmp
     metric = read(hears / "config.json")["metric"]
     after = read(hears / "with_sees/unrelated/result.json")[metric]
     assert found["tries"][1]["audio"]["after"] == pytest.approx(100 * after)
-    # other questions, asked into the same folder: it holds those, not the older ones
+    # other questions, asked into the same folder: fewer take no place, and where there are none it holds those
     probe[-1] = "5"
+    with pytest.raises(data.InputError, match="is of 12 questions, this would be of 5 questions: remove it first"):
+        retain(hears)
+    assert read(hears / "retention.json")["n"] == 12
+    (hears / "retention.json").unlink()
     retain(hears)
     report = read(hears / "retention.json")
     assert report["n"] == 5 == len(read(hears / "retention_items.json")) == report["exact_n"]
@@ -885,6 +924,7 @@ def test_questions_beside_a_video_of_another_answer(world, senses, tmp_path, mon
     before = {name: (sees / f"{name}.json").read_bytes() for name in ("retention", "retention_items")}
     evaluate.main(["retention", str(sees), *probe])
     assert before == {name: (sees / f"{name}.json").read_bytes() for name in before}
+    (sees / "retention.json").unlink()
     evaluate.main(["retention", str(sees), *probe[:-1], "1"])
     report = read(sees / "retention.json")
     assert "conflict" not in report["conditions"] and report["n"] == 1 == report["exact_n"]
@@ -958,6 +998,9 @@ def test_rerank_ends_where_caption_rerank_does(senses, tmp_path, monkeypatch):
     assert newer["spice"] == 0.25 and (home / "rerank/reranker.json").read_bytes() == made["reranker.json"]
     assert newer["oracle"] == result["oracle"] and newer["spider_lite"] == result["spider_lite"]
     monkeypatch.undo()
+    with pytest.raises(data.InputError, match="is of 32 clips, 2 beams, reranked, this would be of 32 clips, 1 beams: remove"):
+        evaluate.main(["caption", str(home), "--beams", "1"])
+    (home / "result.json").unlink()
     evaluate.main(["caption", str(home), "--beams", "1"])
     for weights in ([], ["--weights", "0", "1", "0"]):
         with pytest.raises(data.InputError, match="lack logprob.*; run .*--rerank. first"):
@@ -1024,6 +1067,7 @@ def test_a_run_is_used_from_python(senses):
     found = evaluate.decode(run.backbone, evaluate.attached([run], inputs.frames), inputs.prompts[:4])
     captions = evaluate.describe(run, [clip.path for clip in inputs.split.clips[:4]], beams=1)
     assert captions == [clip[0]["text"] for clip in found]
+    assert evaluate.describe(run, str(inputs.split.clips[0].path), beams=1) == captions[:1]
     assert before == {p: p.stat().st_mtime_ns for p in (senses / "hears").rglob("*")}
 
 
@@ -1073,11 +1117,15 @@ def test_a_sentence_for_each_file(senses, world, tmp_path, capsys, monkeypatch):
     film = next((world / "data/av/videos").glob("test_*"))
     both = describe(hears, film, "--with", sees)[1][0]["caption"]
     assert isinstance(both, str) and len(describe(sees, film)[1]) == 1
-    for args, message in (([sees, film, "--every", "5"], "--every cuts sound"), ([sees, sounds[0]], "has no video")):
+    # what is asked too much of one sense is not passed over since the other can do it
+    for args, message in (([sees, film, "--every", "5"], "--every cuts sound"), ([sees, sounds[0]], "has no video"),
+                          ([hears, film, "--every", "5", "--with", sees], "--every cuts sound")):
         assert message in describe(*args, status=2)[2]
-    with pytest.raises(SystemExit, match="2"):
-        evaluate.main(["describe", hears])
-    assert "needs a FILE" in capsys.readouterr().err
+    for args, message in ([hears], "needs a FILE"), ([hears, film, "--every", "0"], "--every must be at least 1 second"):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.main(["describe", *map(str, args)])
+        err = capsys.readouterr().err
+        assert message in err and "usage: " in err and " describe " in err.split("\n")[0]
 
 
 # ---------------------------------------------------------------- a person's mistakes

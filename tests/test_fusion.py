@@ -338,6 +338,8 @@ def test_save_and_load(llama, system, tmp_path):
     decoder, (ids, frames, mask, slots) = decoder_of(llama), inputs()
     fusion = make(system, decoder)
     fusion.save(tmp_path)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1  # who may read the one may read the other
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fusion.json", "fusion.safetensors"]
     saved = load_file(tmp_path / "fusion.safetensors")
     assert saved.keys() == {n for n, p in fusion.named_parameters()}  # trainable tensors only

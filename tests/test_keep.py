@@ -34,7 +34,7 @@ def built(world, tmp_path):
             world, tmp_path / "run", "--fusion", system, "--keep", "2", "--keep-qa", path))])
         split = data.read_split("audiocaps", args.data, "train")
         inputs = data.load_inputs([vars(args)], split, "cpu")
-        model = train.build_model(inputs, data.clap_of(vars(args), "cpu", "the test"), args)
+        model = train.build_model(data.clap_of(vars(args), "cpu", "the test"), args)
         if model.fusion.has_gate:
             model.fusion.set_gates(0.3)
         distractors = (inputs.frames[0], *evaluate.silence_and_noise(inputs.encoders[0], [args.seed, 1]))
@@ -164,7 +164,7 @@ def test_the_questions_of_other_senses_are_kept_and_the_runs_own_is_not(world, t
     args = train.parse_args([*map(str, flags(world, out, *asked(*[data.VIDEO_PROMPT] * 3, "What is two and two?")))])
     inputs = data.load_inputs([vars(args)], "train", "cpu")
     clap = data.clap_of(vars(args), "cpu", "the test")
-    kept = train.answers_to_keep(train.build_model(inputs, clap, args), args)
+    kept = train.answers_to_keep(train.build_model(clap, args), args)
     answers = evaluate.own_answers(opened.backbone, data.read_kept(prompts), args.cache)
     assert len(set(answers)) == 2 and [opened.backbone.text(a) for a in kept.answers] == answers
     # what another sense says; about a picture the backbone speaks for itself
@@ -173,7 +173,7 @@ def test_the_questions_of_other_senses_are_kept_and_the_runs_own_is_not(world, t
                {"question": "What shape is shown?", "answer": "not what it says", "image": str(image)[1:]}]
     prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
     (tmp_path / "images").symlink_to("/")
-    kept = train.answers_to_keep(train.build_model(inputs, clap, args), args)
+    kept = train.answers_to_keep(train.build_model(clap, args), args)
     said = {q.question: opened.backbone.text(a) for q, a in zip(data.read_kept(prompts), kept.answers)}
     assert said[data.VIDEO_PROMPT] == "a red circle moves up" and said["What shape is shown?"] != "not what it says"
 

@@ -655,3 +655,14 @@ def test_mistakes_are_one_line(world, tmp_path, more, message):
     done = run(world, tmp_path / "run", *more, check=False)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "run/training.json").exists()
+
+
+@pytest.mark.parametrize("flag, message", [(["--layers", "12", "24"], "this decoder has layers 0 to 7"),
+                                           (["--llava", "nowhere/at/all"], "nowhere/at/all: cannot be loaded"),
+                                           (["--fusion", "concat", "--init", "nowhere"], "nowhere")])
+def test_a_wrong_flag_does_not_wait_for_the_clips(world, tmp_path, monkeypatch, flag, message):
+    """Encoding them can take hours."""
+    monkeypatch.setattr(data, "load_inputs", lambda *_: pytest.fail("clips are encoded"))
+    failed = run(world, tmp_path / "run", *flag, check=False)
+    assert failed.returncode == 2 and message in failed.stderr and failed.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
