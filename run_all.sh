@@ -319,10 +319,12 @@ job() {
     (
         trap - HUP INT QUIT TERM PIPE
         [ -z "$slot" ] || export CUDA_VISIBLE_DEVICES=${slot#cpu}
-        # threads that spin while they wait would take the other jobs' cores
-        [ "${slot:-cpu}" != cpu ] || export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$THREADS
-        # tensors on huge pages, where Linux has them: a training step takes 8% less
-        [ "${slot:-cpu}" != cpu ] || export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+        if [ "${slot:-cpu}" = cpu ]; then
+            # threads that spin while they wait would take the other jobs' cores
+            export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$THREADS
+            # tensors on huge pages, where Linux has them: a training step takes 8% less
+            export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+        fi
         eval "$LAUNCH $(printf '%q ' "$@")"
     ) >>"$EXP/$name/run.log" 2>&1 </dev/null &
     NAME_OF[$!]=$name SLOT_OF[$!]=$slot; printf -v "SINCE[$!]" '%(%H:%M)T' -1

@@ -162,7 +162,6 @@ def test_the_questions_of_other_senses_are_kept_and_the_runs_own_is_not(world, t
     assert line["keep"] > 0 and json.loads((out / "training.json").read_text())["stages"]["xe"]["steps"] == 2
     opened = evaluate.open_run(out)
     args = train.parse_args([*map(str, flags(world, out, *asked(*[data.VIDEO_PROMPT] * 3, "What is two and two?")))])
-    inputs = data.load_inputs([vars(args)], "train", "cpu")
     clap = data.clap_of(vars(args), "cpu", "the test")
     kept = train.answers_to_keep(train.build_model(clap, args), args)
     answers = evaluate.own_answers(opened.backbone, data.read_kept(prompts), args.cache)
